@@ -1,0 +1,120 @@
+"""Putting one adapter onto a model's layers, taking it off, and choosing which adapters take part in forward."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import nn
+
+from .base import base_of
+from .dtypes import adapter_dtype
+from .layer import (
+    SavedModule,
+    adapted_layers,
+    add_copy,
+    add_unit,
+    restore_layer,
+    restore_module,
+    saved_modules,
+)
+from .planning import Plan
+
+
+def check_adapter_name(name: str, taken: Sequence[str]) -> None:
+    """Refuse a name that is in use, or that a module cannot have."""
+    if not isinstance(name, str) or not name or "." in name:
+        raise ValueError(f"adapter name {name!r}: a non-empty string without dots is needed")
+    if hasattr(nn.ModuleDict, name):
+        raise ValueError(f"adapter name {name!r} is a method of torch.nn.ModuleDict; choose another")
+    if name in taken:
+        raise ValueError(f"there is an adapter called {name!r} already; delete it first or choose another name")
+
+
+def attach(model: nn.Module, plan: Plan, name: str) -> None:
+    """Add the adapter that `plan` describes to `model` under `name`.
+
+    All weights are made before the first layer is changed, so that running out of memory leaves the model as it was.
+    """
+    units = []
+    for row in plan.layers:
+        layer = model.get_submodule(row.path)
+        base = base_of(layer)
+        assert base is not None
+        unit = plan.method.make_unit(
+            plan.config, row.path, base, layer, _home_of(layer), adapter_dtype_of(layer)
+        )
+        units.append((layer, base, unit.train(layer.training)))
+    copies = [(module, _trainable_copy(module)) for module in map(model.get_submodule, plan.saved)]
+    for layer, base, unit in units:
+        add_unit(layer, base, name, unit)
+    for module, clone in copies:
+        add_copy(module, name, clone)
+
+
+def detach(model: nn.Module, name: str) -> None:
+    """Take the adapter called `name` off; a layer that has no other becomes a plain layer again."""
+    for _, layer in list(adapted_layers(model)):
+        if name in layer.adapters:
+            del layer.adapters[name]
+            layer.live = tuple(other for other in layer.live if other != name)
+            if not len(layer.adapters):
+                restore_layer(layer)
+    for _, module in list(saved_modules(model)):
+        if name in module.copies:
+            del module.copies[name]
+            module.live_copy = None if module.live_copy == name else module.live_copy
+            if not len(module.copies):
+                restore_module(module)
+
+
+def choose_live(model: nn.Module, names: Sequence[str], *, merged: bool) -> None:
+    """Let the named adapters, in order, take part in forward.
+
+    Args:
+        model: a wrapped model.
+        names: the active adapters; empty for the base model.
+        merged: whether their weights are in the base weights already, so that only whole modules still answer.
+    """
+    for _, layer in adapted_layers(model):
+        layer.live = () if merged else tuple(name for name in names if name in layer.adapters)
+    for _, module in saved_modules(model):
+        module.live_copy = next((name for name in names if name in module.copies), None)
+
+
+def adapter_parameters(model: nn.Module, name: str) -> Iterator[nn.Parameter]:
+    """Every parameter of the adapter called `name`."""
+    for _, layer in adapted_layers(model):
+        if name in layer.adapters:
+            yield from layer.adapters[name].parameters()
+    for _, module in saved_modules(model):
+        if name in module.copies:
+            yield from module.copies[name].parameters()
+
+
+def set_trainable(model: nn.Module, name: str, trainable: bool) -> None:
+    """Freeze or thaw the adapter called `name`."""
+    for parameter in adapter_parameters(model, name):
+        parameter.requires_grad_(trainable)
+
+
+def adapter_dtype_of(layer: nn.Module) -> torch.dtype:
+    """The dtype of new adapter weights on `layer`."""
+    base = base_of(layer)
+    assert base is not None
+    return adapter_dtype(base.dtype(layer))
+
+
+def _home_of(layer: nn.Module) -> torch.device:
+    """The device that `layer` computes on: its weight's, or its hook's while accelerate keeps the weight elsewhere."""
+    device: torch.device = layer.weight.device  # type: ignore[assignment]
+    hook_device = getattr(getattr(layer, "_hf_hook", None), "execution_device", None)
+    return torch.device(hook_device) if device.type == "meta" and hook_device is not None else device
+
+
+def _trainable_copy(module: nn.Module) -> nn.Module:
+    clone = copy.deepcopy(module)
+    if isinstance(clone, SavedModule):
+        restore_module(clone)
+    return clone.requires_grad_(True)

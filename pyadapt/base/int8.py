@@ -1,0 +1,134 @@
+"""pyadapt's own int8 weight: symmetric, one fp32 scale an output row.
+
+    W[n, k] = weight[n, k] * scale[n],   scale[n] = max |W[n, :]| / 127
+
+Both are frozen parameters, `weight` int8 (N, K) and `weight_scale` (N,): sharding engines shard parameters and
+replicate buffers. The scale's fp32 bits are held as int32, since mixed precision and `.half()` would round a
+floating tensor.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..dtypes import output_dtype
+from ..ops import quantize  # noqa: F401 - defines the ops quantize_rows and dequantize_rows
+from ..ops.linear import FrozenLinear
+from ..surgery import adopt, release
+from .dense import Dense, is_conv1d
+from .kind import BaseWeight, Operands, register
+
+
+class Int8Layer(nn.Module):
+    """What a linear layer with an int8 weight does otherwise: its forward."""
+
+    weight: nn.Parameter
+    weight_scale: nn.Parameter
+    bias: nn.Parameter | None
+    # What the layer was before, for the way back.
+    dense_dtype: torch.dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., K) -> (..., N) in the dtype of x, or autocast's."""
+        return FrozenLinear.apply(x, self, output_dtype(x))
+
+    def operands(self) -> Operands:
+        """The int8 weight, its scale and the bias; read again in backward."""
+        return Operands(self.weight, self.weight_scale.view(torch.float32), self.bias)
+
+
+@register
+class Int8(BaseWeight):
+    """`weight` int8 (N, K) for `Linear` and `Conv1D` alike, with `weight_scale` beside it."""
+
+    name = "int8"
+
+    @staticmethod
+    def accepts(layer: nn.Module) -> bool:
+        """See `BaseWeight.accepts`."""
+        return isinstance(layer, Int8Layer)
+
+    @staticmethod
+    def shape(layer: nn.Module) -> tuple[int, int]:
+        """See `BaseWeight.shape`."""
+        return Dense.shape(layer)
+
+    @staticmethod
+    def dtype(layer: nn.Module) -> torch.dtype:
+        """See `BaseWeight.dtype`."""
+        return layer.dense_dtype  # type: ignore[return-value]
+
+    @staticmethod
+    def operands(layer: nn.Module) -> Operands:
+        """See `BaseWeight.operands`."""
+        return Int8Layer.operands(layer)  # type: ignore[arg-type]
+
+    @staticmethod
+    def matrix(layer: nn.Module) -> Tensor:
+        """See `BaseWeight.matrix`."""
+        weight, scale, _ = Int8.operands(layer)
+        wide = torch.promote_types(Int8.dtype(layer), torch.float32)
+        return torch.ops.pyadapt.dequantize_rows(weight.detach(), scale.detach(), wide)  # type: ignore[union-attr]
+
+    @staticmethod
+    def assign(layer: nn.Module, matrix: Tensor) -> None:
+        """See `BaseWeight.assign`; quantised again, row by row."""
+        weight, scale = _quantize(matrix)
+        with torch.no_grad():
+            layer.weight.copy_(weight)  # type: ignore[operator]
+            layer.weight_scale.copy_(scale)  # type: ignore[operator]
+
+    @staticmethod
+    def make_dense(layer: nn.Module, matrix: Tensor) -> None:
+        """See `BaseWeight.make_dense`."""
+        plain = Int8.plain(layer, matrix)
+        release(layer, Int8Layer)
+        del layer.weight_scale, layer.dense_dtype
+        layer.weight = nn.Parameter(plain, requires_grad=False)
+
+    @staticmethod
+    def plain(layer: nn.Module, matrix: Tensor) -> Tensor:
+        """See `BaseWeight.plain`."""
+        matrix = matrix.to(Int8.dtype(layer))
+        return matrix.t().contiguous() if is_conv1d(layer) else matrix
+
+    @staticmethod
+    def stored(layer: nn.Module) -> dict[str, nn.Parameter]:
+        """See `BaseWeight.stored`."""
+        return {"weight": layer.weight, "weight_scale": layer.weight_scale}  # type: ignore[dict-item]
+
+
+def make_int8(layer: nn.Module) -> None:
+    """Quantise a dense linear layer in place.
+
+    Raises:
+        ValueError: the weight holds a NaN or an infinity.
+    """
+    weight, scale = _quantize(Dense.operands(layer).weight.detach())
+    _become_int8(layer, weight, scale)
+
+
+def make_empty_int8(layer: nn.Module) -> None:
+    """Give a dense layer int8 parameters of the right shape without values, for a checkpoint to fill."""
+    device = layer.weight.device
+    n, k = Dense.shape(layer)
+    weight = torch.empty(n, k, dtype=torch.int8, device=device)  # type: ignore[call-overload]
+    scale = torch.empty(n, dtype=torch.int32, device=device)  # type: ignore[call-overload]
+    _become_int8(layer, weight, scale)
+
+
+def _quantize(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """`matrix` (N, K) as int8 (N, K) and the int32 bits of its fp32 scale (N,)."""
+    weight, scale = torch.ops.pyadapt.quantize_rows(matrix)
+    return weight, scale.view(torch.int32)
+
+
+def _become_int8(layer: nn.Module, weight: Tensor, scale: Tensor) -> None:
+    dtype = Dense.dtype(layer)
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    layer.weight_scale = nn.Parameter(scale, requires_grad=False)
+    layer.dense_dtype = dtype  # type: ignore[assignment]
+    if layer.bias is not None:
+        layer.bias.requires_grad_(False)  # type: ignore[operator]
+    adopt(layer, Int8Layer)

@@ -1,0 +1,87 @@
+"""What a kind of frozen weight is to the rest of pyadapt: an (N, K) matrix that can be read, and written at a merge."""
+
+from __future__ import annotations
+
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+# Asked in order; a file in `base/` adds its kind with `@register`.
+KINDS: list[type[BaseWeight]] = []
+
+
+class Operands(NamedTuple):
+    """What a kernel reads of a frozen layer.
+
+    Attributes:
+        weight: (N, K), a view of the layer's own parameter; either dimension may be the contiguous one.
+        weight_scale: (N,) fp32 for an int8 weight, else None.
+        bias: (N,) or None.
+    """
+
+    weight: Tensor
+    weight_scale: Tensor | None
+    bias: Tensor | None
+
+
+class BaseWeight:
+    """A stateless description of one kind of layer weight; every method takes the layer."""
+
+    name: ClassVar[str]
+
+    @staticmethod
+    def accepts(layer: nn.Module) -> bool:
+        """Whether `layer` holds its weight in this way."""
+        raise NotImplementedError
+
+    @staticmethod
+    def shape(layer: nn.Module) -> tuple[int, int]:
+        """(N, K): output and input features, whatever the storage looks like at the moment."""
+        raise NotImplementedError
+
+    @staticmethod
+    def dtype(layer: nn.Module) -> torch.dtype:
+        """The floating dtype that the weight has, or had before it was quantised."""
+        raise NotImplementedError
+
+    @staticmethod
+    def operands(layer: nn.Module) -> Operands:
+        """Read the weight, inside the forward of `layer` or in backward. The result must not be kept."""
+        raise NotImplementedError
+
+    @staticmethod
+    def matrix(layer: nn.Module) -> Tensor:
+        """The weight as a new (N, K) tensor in fp32, or fp64 for an fp64 weight."""
+        raise NotImplementedError
+
+    @staticmethod
+    def assign(layer: nn.Module, matrix: Tensor) -> None:
+        """Write `matrix` (N, K) into the layer, in this kind's own storage."""
+        raise NotImplementedError
+
+    @staticmethod
+    def make_dense(layer: nn.Module, matrix: Tensor) -> None:
+        """Make `layer` a plain layer that holds `matrix` (N, K) in its original dtype."""
+        raise NotImplementedError
+
+    @staticmethod
+    def plain(layer: nn.Module, matrix: Tensor) -> Tensor:
+        """`matrix` (N, K) as the plain layer would store it: original dtype and orientation."""
+        raise NotImplementedError
+
+    @staticmethod
+    def stored(layer: nn.Module) -> dict[str, nn.Parameter]:
+        """The parameters that hold the weight, by attribute name."""
+        raise NotImplementedError
+
+
+def register(kind: type[BaseWeight]) -> type[BaseWeight]:
+    """Class decorator: add a kind of base weight."""
+    KINDS.append(kind)
+    return kind
+
+
+def base_of(layer: nn.Module) -> type[BaseWeight] | None:
+    """The kind of weight that `layer` holds, or None if it is no layer that can be adapted."""
+    return next((kind for kind in KINDS if kind.accepts(layer)), None)

@@ -1,0 +1,169 @@
+"""Adapter folders in the format of Hugging Face PEFT.
+
+    adapter_config.json          the configuration
+    adapter_model.safetensors    `base_model.model.<path of the layer>.<key of the method>`, no adapter name in it
+    README.md                    a model card, where there is none yet
+
+The adapter called "default" lies in the folder itself, any other in a folder of its name below it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .config import AdapterConfig
+from .files import (
+    ADAPTER_WEIGHTS_FILE,
+    AdapterFileError,
+    Path,
+    adapter_weights_path,
+    read_tensors,
+    resolve_adapter_folder,
+    write_safetensors,
+    write_text,
+)
+from .layer import SavedModule, adapted_layers, saved_modules
+from .planning import Plan, make_plan
+
+KEY_PREFIX = "base_model.model."
+DEFAULT_ADAPTER = "default"
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    """An adapter folder that was read and found to fit a model.
+
+    Attributes:
+        plan: what its configuration means for the model.
+        tensors: file key -> tensor, just those that the model has a place for.
+    """
+
+    plan: Plan
+    tensors: dict[str, Tensor]
+
+
+def adapter_state_dict(
+    model: nn.Module, name: str, state_dict: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """The tensors of one adapter under their keys in a PEFT file.
+
+    Args:
+        model: a wrapped model.
+        name: the adapter.
+        state_dict: the whole model's state dict where an engine has gathered it; by default the live parameters.
+    """
+    found = {}
+    for key, own_name, tensor in _places(model, name):
+        if state_dict is not None and own_name not in state_dict:
+            raise AdapterFileError(f"the state dict to save from lacks {own_name}")
+        found[key] = tensor if state_dict is None else state_dict[own_name]
+    return found
+
+
+def save_adapter(
+    model: nn.Module,
+    folder: Path,
+    name: str,
+    config: AdapterConfig,
+    state_dict: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write one adapter below `folder`; each file appears whole or not at all.
+
+    Raises:
+        AdapterFileError: a tensor has no values here (it is on the meta device, or another process holds it).
+    """
+    tensors = adapter_state_dict(model, name, state_dict)
+    for key, tensor in tensors.items():
+        if tensor.is_meta or tensor.numel() == 0:
+            state = "on the meta device" if tensor.is_meta else f"of shape {tuple(tensor.shape)}"
+            raise AdapterFileError(f"cannot save adapter {name!r}: {key} is {state}; gather the weights first")
+    target = os.path.join(folder, "" if name == DEFAULT_ADAPTER else name)
+    os.makedirs(target, exist_ok=True)
+    write_safetensors(os.path.join(target, ADAPTER_WEIGHTS_FILE), tensors)
+    config.save_pretrained(target)
+    card = os.path.join(target, "README.md")
+    if not os.path.exists(card):
+        write_text(card, _model_card(config))
+
+
+def read_adapter(model: nn.Module, path: Path, *, strict: bool = True, **hub: str) -> AdapterFile:
+    """Read the adapter folder `path` and check it against `model`, changing nothing.
+
+    Raises:
+        AdapterFileError: files missing or damaged; or, with `strict`, tensors missing, extra or misshapen, all listed.
+        ValueError: the configuration does not fit the model.
+    """
+    folder = resolve_adapter_folder(path, **hub)
+    config = AdapterConfig.from_pretrained(folder)
+    tensors = read_tensors(adapter_weights_path(folder))
+    try:
+        plan = make_plan(model, config)
+    except ValueError as error:
+        raise AdapterFileError(f"the adapter in {folder} does not fit this {type(model).__name__}: {error}") from error
+    wanted = dict(_expected_shapes(model, plan))
+    problems = _differences(wanted, tensors)
+    if problems and strict:
+        raise AdapterFileError(
+            f"the adapter in {folder} does not fit this {type(model).__name__}:\n" + "\n".join(problems)
+        )
+    fitting = {key: tensor for key, tensor in tensors.items() if wanted.get(key) == tuple(tensor.shape)}
+    return AdapterFile(plan, fitting)
+
+
+def fill_adapter(model: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> None:
+    """Copy tensors, under their file keys, into the adapter called `name`."""
+    with torch.no_grad():
+        for key, _, place in _places(model, name):
+            if key in tensors:
+                place.copy_(tensors[key])
+
+
+def _places(model: nn.Module, name: str) -> Iterator[tuple[str, str, Tensor]]:
+    """(key in a file, name in the model's state dict, the live tensor) of all that belongs to an adapter."""
+    for path, layer in adapted_layers(model):
+        unit = layer.unit(name)
+        if unit is None:
+            continue
+        for attribute, suffix in unit.file_keys.items():
+            yield f"{KEY_PREFIX}{path}.{suffix}", f"{path}.adapters.{name}.{attribute}", getattr(unit, attribute)
+    for path, module in saved_modules(model):
+        if name in module.copies:
+            for key, tensor in module.copies[name].state_dict(keep_vars=True).items():
+                yield f"{KEY_PREFIX}{path}.{key}", f"{path}.copies.{name}.{key}", tensor
+
+
+def _expected_shapes(model: nn.Module, plan: Plan) -> Iterator[tuple[str, tuple[int, ...]]]:
+    for layer in plan.layers:
+        for suffix, shape in layer.shapes.items():
+            yield f"{KEY_PREFIX}{layer.path}.{suffix}", shape
+    for path in plan.saved:
+        module = model.get_submodule(path)
+        for key, tensor in module.state_dict(keep_vars=True).items():
+            if not (isinstance(module, SavedModule) and key.startswith("copies.")):
+                yield f"{KEY_PREFIX}{path}.{key}", tuple(tensor.shape)
+
+
+def _differences(wanted: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tensor]) -> list[str]:
+    missing = sorted(wanted.keys() - tensors.keys())
+    extra = sorted(tensors.keys() - wanted.keys())
+    misshapen = sorted(key for key in wanted.keys() & tensors.keys() if tuple(tensors[key].shape) != wanted[key])
+    return [
+        *(f"  missing:   {key} {wanted[key]}" for key in missing),
+        *(f"  extra:     {key} {tuple(tensors[key].shape)}" for key in extra),
+        *(f"  misshapen: {key} is {tuple(tensors[key].shape)}, the model needs {wanted[key]}" for key in misshapen),
+    ]
+
+
+def _model_card(config: AdapterConfig) -> str:
+    base = config.base_model_name_or_path
+    front = ["library_name: peft", f"tags:\n- {config.peft_type.lower()}\n- pyadapt"]
+    if base:
+        front.insert(0, f"base_model: {base}")
+    header = "\n".join(["---", *front, "---"])
+    told = f"A {config.peft_type} adapter for `{base}`." if base else f"A {config.peft_type} adapter."
+    return f"{header}\n\n# Adapter\n\n{told} Made with pyadapt; `peft` and `pyadapt.load` both read it.\n"

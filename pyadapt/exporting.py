@@ -1,0 +1,96 @@
+"""Writing a merged model as a plain checkpoint that needs no pyadapt."""
+
+from __future__ import annotations
+
+import copy
+import os
+import shutil
+import tempfile
+from typing import Any
+
+from torch import Tensor, nn
+
+from .files import Path, write_safetensors
+from .integrations.transformers import forget_quantization, is_transformers_model
+from .layer import AdaptedLayer, SavedModule, base_modules
+from .merging import MergeReport, merged_weights
+from .model import is_wrapped
+from .surgery import original_class
+
+
+def export(model: nn.Module, path: Path, original: Path | None = None, **save_options: Any) -> MergeReport:
+    """Write `model` with its active adapters folded in; the model itself stays as it is.
+
+    A transformers model becomes a folder for its `from_pretrained`, any other module a `model.safetensors` with the keys
+    that it had before wrapping. Layers over int8 are written dense, in the dtype they had.
+
+    Args:
+        model: a wrapped or a quantised model.
+        path: the folder to write; existing files of the same names are replaced, each in one step.
+        original: checkpoint of the model from before it was quantised, to merge into in place of dequantised weights.
+        save_options: passed to transformers' `save_pretrained` (`max_shard_size`, ...).
+
+    Returns:
+        Where the weights came from and how exact they are; `print(report)` says it in words.
+
+    Raises:
+        ValueError: a merged weight would not be finite, or `path` is a file; nothing was written.
+        RuntimeError: adapters are merged in place at the moment.
+    """
+    if os.path.isfile(path):
+        raise ValueError(f"{os.fspath(path)} is a file; a folder is needed")
+    names: list[str] = []
+    if is_wrapped(model):
+        if model.adapter_state.merged:  # type: ignore[union-attr]
+            raise RuntimeError("adapters are merged in place: unmerge_adapter() first, so that they are not folded in twice")
+        names = list(model.adapter_state.active)  # type: ignore[union-attr]
+    report = MergeReport()
+    tensors = _plain_state_dict(model, names, original, report)
+    parent = os.path.dirname(os.path.abspath(path))
+    os.makedirs(parent, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".export-", dir=parent) as staging:
+        if is_transformers_model(model):
+            twin = _plain_twin(model)
+            type(twin).save_pretrained(twin, staging, state_dict=tensors, **save_options)
+        else:
+            write_safetensors(os.path.join(staging, "model.safetensors"), tensors)
+        os.makedirs(path, exist_ok=True)
+        # Weights first: a reader that finds the configuration finds all that it names.
+        for name in sorted(os.listdir(staging), key=lambda name: name.endswith(".json")):
+            shutil.move(os.path.join(staging, name), os.path.join(path, name))
+    return report
+
+
+def _plain_state_dict(
+    model: nn.Module, names: list[str], original: Path | None, report: MergeReport
+) -> dict[str, Tensor]:
+    """The state dict of the plain merged model, under the keys it had before wrapping."""
+    tensors: dict[str, Tensor] = {}
+    added: tuple[str, ...] = ()
+    for path, module in base_modules(model):
+        dot = f"{path}." if path else ""
+        if isinstance(module, (AdaptedLayer, SavedModule)):
+            added += (f"{dot}adapters.", f"{dot}copies.")
+    for key, tensor in model.state_dict().items():
+        if not key.startswith(added) if added else True:
+            tensors[key] = tensor
+    for path, layer, base, matrix in merged_weights(model, names, original, report):
+        tensors[f"{path}.weight"] = base.plain(layer, matrix)
+        tensors.pop(f"{path}.weight_scale", None)
+    for path, module in base_modules(model):
+        if isinstance(module, SavedModule):
+            live = next((name for name in names if name in module.copies), None)
+            if live is not None:
+                tensors.update({f"{path}.{key}": value for key, value in module.copies[live].state_dict().items()})
+    return tensors
+
+
+def _plain_twin(model: nn.Module) -> Any:
+    """The model's outer object once more, with its original class and an unquantised config: for its save method only."""
+    twin = copy.copy(model)
+    twin.__class__ = original_class(model)
+    for attribute in ("peft_config", "adapter_state", "_hf_peft_config_loaded"):
+        twin.__dict__.pop(attribute, None)
+    twin.config = copy.deepcopy(model.config)
+    forget_quantization(twin)
+    return twin

@@ -1,0 +1,116 @@
+"""The names that users of Hugging Face PEFT and of the earlier PET know."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from .config import AdapterConfig, TaskType
+from .files import AdapterFileError, Path
+from .model import is_wrapped
+from .wrapping import load, wrap
+
+
+def get_peft_model(model: nn.Module, peft_config: Any, adapter_name: str = "default") -> nn.Module:
+    """`pyadapt.wrap` under PEFT's name."""
+    return wrap(model, peft_config, adapter_name)
+
+
+def get_peft_config(config_dict: Mapping[str, Any]) -> AdapterConfig:
+    """A configuration from a dict whose `peft_type` (or `pet_type`) names the method."""
+    return AdapterConfig.from_dict(config_dict)
+
+
+class _KnowsWrapped(type):
+    def __instancecheck__(cls, instance: object) -> bool:
+        return isinstance(instance, nn.Module) and is_wrapped(instance)
+
+
+class PeftModel(metaclass=_KnowsWrapped):
+    """Not a class that models have: a wrapped model keeps its own. `isinstance(model, PeftModel)` asks whether it is wrapped."""
+
+    @staticmethod
+    def from_pretrained(
+        model: nn.Module, model_id: Path, adapter_name: str = "default", is_trainable: bool = False, **hub: Any
+    ) -> nn.Module:
+        """`pyadapt.load` under PEFT's name."""
+        return load(model, model_id, adapter_name, is_trainable, **hub)
+
+
+class _AutoPeftModel:
+    """Loads a base model and the adapter on it from the adapter's folder alone."""
+
+    auto_class: str = "AutoModel"
+
+    @classmethod
+    def from_pretrained(
+        cls, path: Path, adapter_name: str = "default", is_trainable: bool = False, **base_options: Any
+    ) -> nn.Module:
+        """The base model that the adapter in `path` names, wrapped with it.
+
+        Args:
+            path: adapter folder or hub name.
+            adapter_name: what the adapter is called.
+            is_trainable: whether to go on training it.
+            base_options: passed to the base model's `from_pretrained` (`dtype`, `device_map`, ...).
+
+        Raises:
+            AdapterFileError: the folder is no adapter, or does not say which base model it is for.
+        """
+        import transformers
+
+        config = AdapterConfig.from_pretrained(path)
+        if not config.base_model_name_or_path:
+            raise AdapterFileError(f"{path} does not name its base model; load that yourself, then pyadapt.load(model, path)")
+        auto = getattr(transformers, cls.auto_class)
+        base = auto.from_pretrained(config.base_model_name_or_path, **base_options)
+        return load(base, path, adapter_name, is_trainable)
+
+
+def _auto(task: str, auto_class: str) -> type[_AutoPeftModel]:
+    name = f"AutoPeftModel{task}"
+    return type(name, (_AutoPeftModel,), {"auto_class": auto_class, "__doc__": _AutoPeftModel.__doc__})
+
+
+_CLASS_OF_TASK = {
+    TaskType.CAUSAL_LM: "AutoModelForCausalLM",
+    TaskType.SEQ_2_SEQ_LM: "AutoModelForSeq2SeqLM",
+    TaskType.SEQ_CLS: "AutoModelForSequenceClassification",
+    TaskType.TOKEN_CLS: "AutoModelForTokenClassification",
+    TaskType.QUESTION_ANS: "AutoModelForQuestionAnswering",
+    TaskType.FEATURE_EXTRACTION: "AutoModel",
+}
+
+
+class AutoPeftModel(_AutoPeftModel):
+    """Loads a base model and its adapter; the class of the base follows from the adapter's task."""
+
+    @classmethod
+    def from_pretrained(
+        cls, path: Path, adapter_name: str = "default", is_trainable: bool = False, **base_options: Any
+    ) -> nn.Module:
+        """See `AutoPeftModelForCausalLM.from_pretrained`; the adapter's `task_type` or `auto_mapping` gives the class."""
+        config = AdapterConfig.from_pretrained(path)
+        if isinstance(config.task_type, TaskType):
+            auto_class = _CLASS_OF_TASK[config.task_type]
+        elif config.auto_mapping is not None:
+            auto_class = config.auto_mapping["base_model_class"]
+        else:
+            raise AdapterFileError(f"{path} names neither a task nor a model class; use one of the AutoPeftModelFor* names")
+        return _auto("", auto_class).from_pretrained(path, adapter_name, is_trainable, **base_options)
+
+
+AutoPeftModelForCausalLM = _auto("ForCausalLM", "AutoModelForCausalLM")
+AutoPeftModelForSeq2SeqLM = _auto("ForSeq2SeqLM", "AutoModelForSeq2SeqLM")
+AutoPeftModelForSequenceClassification = _auto(
+    "ForSequenceClassification", "AutoModelForSequenceClassification"
+)
+AutoPeftModelForTokenClassification = _auto("ForTokenClassification", "AutoModelForTokenClassification")
+AutoPeftModelForQuestionAnswering = _auto("ForQuestionAnswering", "AutoModelForQuestionAnswering")
+AutoPeftModelForFeatureExtraction = _auto("ForFeatureExtraction", "AutoModel")
+
+PeftConfig = AdapterConfig
+get_pet_model = get_peft_model
+get_pet_config = get_peft_config

@@ -1,0 +1,382 @@
+"""What a wrapped model can do more."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from . import attach, checkpoint, merging
+from .config import AdapterConfig, as_config
+from .files import Path
+from .integrations.transformers import forget_quantization, is_transformers_model
+from .layer import saved_modules
+from .planning import Plan, count_base_parameters, make_plan
+from .surgery import adopt, is_adopted_by, release
+
+
+@dataclass
+class AdapterState:
+    """Which adapters of a model are at work.
+
+    Attributes:
+        active: names of the active adapters, in order.
+        enabled: False while adapters are disabled.
+        merged: names of the adapters that are folded into the base weights.
+        trained_before: names of the base parameters that required gradients before wrapping.
+    """
+
+    active: list[str] = field(default_factory=list)
+    enabled: bool = True
+    merged: tuple[str, ...] = ()
+    trained_before: frozenset[str] = frozenset()
+
+
+class AdapterNames(list[str]):
+    """The names of the active adapters: a list, as in PEFT, that can be called, as in transformers."""
+
+    def __call__(self) -> list[str]:
+        """The same names as a plain list."""
+        return list(self)
+
+
+class AdaptedModel(nn.Module):
+    """Mixin of a wrapped model. The object, its class name and its state-dict keys stay those of the user's model.
+
+    Attributes:
+        peft_config: adapter name -> configuration, everything said outright.
+        adapter_state: which adapters are at work.
+    """
+
+    peft_config: dict[str, AdapterConfig]
+    adapter_state: AdapterState
+    # transformers asks this before it writes a whole model or refuses to train a quantised one.
+    _hf_peft_config_loaded: bool
+
+    # --- adapters ---------------------------------------------------------------------------------
+
+    def add_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Add a fresh adapter: `add_adapter(name, config)` as in PEFT, or `add_adapter(config, name)` as in transformers.
+
+        It becomes active only where there was none.
+        """
+        config, name = _config_and_name(*args, **kwargs)
+        attach.check_adapter_name(name, list(self.peft_config))
+        self._add(make_plan(self, as_config(config)), name, trainable=True)
+
+    def load_adapter(
+        self, path: Path, adapter_name: str = "default", is_trainable: bool = False, strict: bool = True, **hub: Any
+    ) -> None:
+        """Add the adapter that lies in the folder (or hub repository) `path`.
+
+        Raises:
+            AdapterFileError: the files are missing, damaged or do not fit; the model is unchanged.
+        """
+        attach.check_adapter_name(adapter_name, list(self.peft_config))
+        read = checkpoint.read_adapter(self, path, strict=strict, **hub)
+        self._add(read.plan, adapter_name, trainable=is_trainable)
+        checkpoint.fill_adapter(self, adapter_name, read.tensors)
+
+    def set_adapter(self, adapter_name: str | Sequence[str]) -> None:
+        """Make one adapter active, or several whose terms are summed; the others stop training.
+
+        Raises:
+            ValueError: an unknown name.
+            RuntimeError: adapters are merged.
+        """
+        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        self._check_names(names)
+        self._check_not_merged("switch adapters")
+        self.adapter_state.active = names
+        self._refresh()
+
+    def delete_adapter(self, adapter_name: str | Sequence[str]) -> None:
+        """Remove adapters and free their weights."""
+        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        self._check_names(names)
+        self._check_not_merged("delete an adapter")
+        for name in names:
+            attach.detach(self, name)
+            del self.peft_config[name]
+        state = self.adapter_state
+        state.active = [name for name in state.active if name not in names] or list(self.peft_config)[:1]
+        self._refresh()
+
+    @property
+    def active_adapters(self) -> AdapterNames:
+        """Names of the active adapters; also `active_adapters()`, as transformers spells it."""
+        return AdapterNames(self.adapter_state.active)
+
+    @property
+    def active_adapter(self) -> str:
+        """Name of the first active adapter."""
+        if not self.adapter_state.active:
+            raise ValueError("the model has no adapter any more; add_adapter or load_adapter gives it one")
+        return self.adapter_state.active[0]
+
+    @property
+    def active_peft_config(self) -> AdapterConfig:
+        """Configuration of the first active adapter."""
+        return self.peft_config[self.active_adapter]
+
+    @contextlib.contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Inside the block the model is the base model; merged weights are taken out for its duration."""
+        merged, was_enabled = self.adapter_state.merged, self.adapter_state.enabled
+        if merged:
+            self.unmerge_adapter()
+        self.disable_adapters()
+        try:
+            yield
+        finally:
+            self.adapter_state.enabled = was_enabled
+            self._refresh()
+            if merged:
+                self.merge_adapter(merged)
+
+    def disable_adapters(self) -> None:
+        """Let the base model answer until `enable_adapters`."""
+        self._check_not_merged("disable adapters", remedy="unmerge_adapter() first, or use `with disable_adapter()`")
+        self.adapter_state.enabled = False
+        self._refresh()
+
+    def enable_adapters(self) -> None:
+        """Undo `disable_adapters`."""
+        self.adapter_state.enabled = True
+        self._refresh()
+
+    # --- merging ----------------------------------------------------------------------------------
+
+    def merge_adapter(self, adapter_names: Sequence[str] | None = None) -> None:
+        """Fold adapters (by default the active ones) into the weights in place; `unmerge_adapter` puts back the exact old ones.
+
+        Until then the old weights are kept beside the merged ones. An int8 weight is quantised again.
+
+        Raises:
+            RuntimeError: adapters are merged already.
+            ValueError: an unknown name, or a merged weight would not be finite; the model is unchanged.
+        """
+        names = tuple(self.adapter_state.active if adapter_names is None else adapter_names)
+        self._check_names(names)
+        self._check_not_merged("merge again")
+        merging.merge_in_place(self, names)
+        self.adapter_state.merged = names
+        self._refresh()
+
+    def unmerge_adapter(self) -> None:
+        """Take merged adapters out of the weights again, bit for bit.
+
+        Raises:
+            RuntimeError: nothing is merged.
+        """
+        if not self.adapter_state.merged:
+            raise RuntimeError("no adapter is merged, so there is nothing to unmerge")
+        merging.unmerge_in_place(self)
+        self.adapter_state.merged = ()
+        self._refresh()
+
+    def merge_and_unload(
+        self, adapter_names: Sequence[str] | None = None, original: Path | None = None, **unused: Any
+    ) -> nn.Module:
+        """Fold adapters (by default the active ones) in and give back the plain model: the same object, its original class.
+
+        Layers over int8 become dense. The report of sources and errors is left in `model.merge_report`.
+
+        Args:
+            adapter_names: the adapters to fold in.
+            original: checkpoint of the model from before it was quantised, to merge into in place of dequantised weights.
+            unused: `safe_merge` and `progressbar` of PEFT; every merge here is a safe one.
+        """
+        _check_only(unused, "safe_merge", "progressbar")
+        names = tuple(self.adapter_state.active if adapter_names is None else adapter_names)
+        self._check_names(names)
+        if self.adapter_state.merged:
+            self.unmerge_adapter()
+        report = merging.merge_to_plain(self, names, original)
+        for _, module in saved_modules(self):
+            live = next((name for name in names if name in module.copies), None)
+            if live is not None:
+                own = {key: value for key, value in module.state_dict().items() if not key.startswith("copies.")}
+                trained = module.copies[live].state_dict()
+                for key, value in own.items():
+                    value.copy_(trained[key])
+        model = self.unload()
+        if is_transformers_model(model):
+            forget_quantization(model)
+        model.merge_report = report  # type: ignore[assignment]
+        return model
+
+    def unload(self) -> nn.Module:
+        """Remove every adapter and give back the base model: the same object, its original class."""
+        if self.adapter_state.merged:
+            self.unmerge_adapter()
+        for name in list(self.peft_config):
+            attach.detach(self, name)
+        for name, parameter in self.named_parameters():
+            if name in self.adapter_state.trained_before:
+                parameter.requires_grad_(True)
+        release(self, AdaptedModel)
+        for attribute in ("peft_config", "adapter_state", "_hf_peft_config_loaded"):
+            del self.__dict__[attribute]
+        return self
+
+    def get_base_model(self) -> nn.Module:
+        """The user's model, which a wrapped model still is."""
+        return self
+
+    # --- files ------------------------------------------------------------------------------------
+
+    def save_pretrained(
+        self,
+        save_directory: Path,
+        selected_adapters: Sequence[str] | None = None,
+        state_dict: dict[str, Tensor] | None = None,
+        is_main_process: bool = True,
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Write the adapters (all, or the selected ones) as PEFT does: a few megabytes, never the base model.
+
+        Args:
+            save_directory: "default" goes here, any other adapter into a folder of its name below.
+            selected_adapters: names of the adapters to write.
+            state_dict: the whole model's state dict where an engine has gathered it.
+            is_main_process: other processes write nothing.
+            push_to_hub: upload the folder afterwards; `repo_id`, `token`, `private`, `commit_message` are passed on.
+            kwargs: further options of transformers' and PEFT's `save_pretrained`, which have no meaning for adapters here.
+        """
+        names = list(self.peft_config) if selected_adapters is None else list(selected_adapters)
+        self._check_names(names)
+        if os.path.isfile(save_directory):
+            raise ValueError(f"{os.fspath(save_directory)} is a file; a folder is needed")
+        if is_main_process:
+            for name in names:
+                checkpoint.save_adapter(self, save_directory, name, self.peft_config[name], state_dict)
+            if push_to_hub:
+                hub = {key: kwargs[key] for key in ("token", "private", "commit_message") if key in kwargs}
+                _upload(save_directory, kwargs.get("repo_id") or os.path.basename(os.path.abspath(save_directory)), **hub)
+
+    def push_to_hub(self, repo_id: str, **hub: Any) -> None:
+        """Upload the adapters to the hub repository `repo_id` (`token`, `private`, `commit_message`)."""
+        import tempfile
+
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            _upload(folder, repo_id, **hub)
+
+    def get_adapter_state_dict(
+        self, adapter_name: str | None = None, state_dict: dict[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """One adapter's tensors under their keys in a file, without the leading `base_model.model.`."""
+        name = self.active_adapter if adapter_name is None else adapter_name
+        self._check_names([name])
+        tensors = checkpoint.adapter_state_dict(self, name, state_dict)
+        return {key.removeprefix(checkpoint.KEY_PREFIX): tensor for key, tensor in tensors.items()}
+
+    # --- figures ----------------------------------------------------------------------------------
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """(trained values, all values); each value of the base counts once, also where a copy of it is trained."""
+        units = [p for name in self.peft_config for p in attach.adapter_parameters(self, name)]
+        copies = {id(p) for _, module in saved_modules(self) for p in module.copies.parameters()}
+        trained = sum(_count(p) for p in self.parameters() if p.requires_grad)
+        return trained, count_base_parameters(self) + sum(_count(p) for p in units if id(p) not in copies)
+
+    def print_trainable_parameters(self) -> None:
+        """Print the trained and all parameters, and their ratio in percent."""
+        trained, total = self.get_nb_trainable_parameters()
+        print(f"trainable params: {trained} || all params: {total} || trainable%: {100 * trained / total}")
+
+    # --- inside -----------------------------------------------------------------------------------
+
+    def _add(self, plan: Plan, name: str, *, trainable: bool) -> None:
+        self._check_not_merged("add an adapter")
+        attach.attach(self, plan, name)
+        config = plan.config.replaced(inference_mode=not trainable)
+        if config.base_model_name_or_path is None:
+            config = config.replaced(base_model_name_or_path=getattr(self, "name_or_path", None) or None)
+        if config.task_type is None:
+            root = type(self)
+            config = config.replaced(
+                auto_mapping={"base_model_class": root.__name__, "parent_library": root.__module__}
+            )
+        self.peft_config[name] = config
+        self.adapter_state.active = self.adapter_state.active or [name]
+        self._refresh()
+
+    def _refresh(self) -> None:
+        """Bring the layers in line with `adapter_state`."""
+        state = self.adapter_state
+        attach.choose_live(self, state.active if state.enabled else (), merged=bool(state.merged))
+        for name, config in self.peft_config.items():
+            attach.set_trainable(self, name, name in state.active and not config.inference_mode)
+
+    def _check_names(self, names: Sequence[str]) -> None:
+        unknown = [name for name in names if name not in self.peft_config]
+        if unknown or not names:
+            had = ", ".join(map(repr, self.peft_config)) or "none"
+            raise ValueError(f"no adapter is called {', '.join(map(repr, unknown)) or 'nothing'}; there are {had}")
+
+    def _check_not_merged(self, action: str, remedy: str = "unmerge_adapter() first") -> None:
+        if self.adapter_state.merged:
+            raise RuntimeError(f"cannot {action}: {', '.join(self.adapter_state.merged)} is merged; {remedy}")
+
+
+def is_wrapped(model: nn.Module) -> bool:
+    """Whether `model` carries adapters of pyadapt."""
+    return is_adopted_by(model, AdaptedModel)
+
+
+def make_adapted(model: nn.Module) -> None:
+    """Turn a plain model into an adapted one that has no adapters yet: its weights are frozen."""
+    trained = frozenset(name for name, parameter in model.named_parameters() if parameter.requires_grad)
+    adopt(model, AdaptedModel)
+    model.peft_config = {}  # type: ignore[assignment]
+    model.adapter_state = AdapterState(trained_before=trained)  # type: ignore[assignment]
+    model._hf_peft_config_loaded = True  # type: ignore[assignment]
+    model.requires_grad_(False)
+    if _is_checkpointing(model):
+        # A checkpointed block whose inputs need no gradient is skipped by backward, and nothing would train.
+        model.enable_input_require_grads()  # type: ignore[operator]
+
+
+def _is_checkpointing(model: nn.Module) -> bool:
+    """Whether transformers recomputes activations in this model (the name changed in its version 5)."""
+    names = ("is_activation_checkpointing", "is_gradient_checkpointing")
+    known = next((name for name in names if hasattr(type(model), name)), None)
+    return known is not None and bool(getattr(model, known))
+
+
+def _config_and_name(*args: Any, **kwargs: Any) -> tuple[Any, str]:
+    """Sort out the argument orders of PEFT and transformers."""
+    _check_only(kwargs, "adapter_name", "peft_config", "adapter_config", "config")
+    values = [*args, *kwargs.values()]
+    names = [value for value in values if isinstance(value, str)]
+    configs = [value for value in values if value is not None and not isinstance(value, str)]
+    if len(configs) != 1 or len(names) > 1:
+        raise TypeError("add_adapter takes one configuration and one name, in either order")
+    return configs[0], names[0] if names else "default"
+
+
+def _check_only(given: dict[str, Any], *allowed: str) -> None:
+    extra = sorted(given.keys() - set(allowed))
+    if extra:
+        raise TypeError(f"unexpected argument {', '.join(map(repr, extra))}; known are {', '.join(allowed)}")
+
+
+def _count(parameter: nn.Parameter) -> int:
+    return getattr(parameter, "ds_numel", parameter.numel())
+
+
+def _upload(folder: Path, repo_id: str, token: Any = None, private: bool | None = None, **commit: Any) -> None:
+    try:
+        from huggingface_hub import HfApi
+    except ImportError:
+        raise ImportError('push_to_hub needs huggingface_hub: pip install "pyadapt[hub]"') from None
+    api = HfApi(token=token)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    api.upload_folder(repo_id=repo_id, folder_path=os.fspath(folder), **commit)

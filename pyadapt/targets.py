@@ -1,0 +1,197 @@
+"""Which layers a configuration means."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from .base import base_of
+from .config import TASK_HEADS, AdapterConfig
+from .layer import base_modules
+
+logger = logging.getLogger("pyadapt")
+
+ALL_LINEAR = "all-linear"
+
+# model_type of the configuration -> default targets. The choices are those of PEFT, so that a file which leaves
+# `target_modules` to the library means the same layers in both. Models that are not here are read by structure.
+DEFAULT_TARGETS: dict[str, list[str]] = {
+    **dict.fromkeys(
+        "llama llama4 mistral mixtral gemma gemma2 gemma3_text qwen2 qwen3 opt gptj gpt_neo bart stablelm".split(),
+        ["q_proj", "v_proj"],
+    ),
+    **dict.fromkeys("bert roberta xlm-roberta electra layoutlm vit".split(), ["query", "value"]),
+    **dict.fromkeys("bloom gpt_neox chatglm falcon RefinedWeb RefinedWebModel".split(), ["query_key_value"]),
+    **dict.fromkeys("t5 mt5".split(), ["q", "v"]),
+    **dict.fromkeys("gpt2 gpt_bigcode".split(), ["c_attn"]),
+    "blip-2": ["q", "v", "q_proj", "v_proj"],
+    "deberta-v2": ["query_proj", "value_proj"],
+    "deberta": ["in_proj"],
+    "mpt": ["Wqkv"],
+    "btlm": ["c_proj", "c_attn"],
+    "codegen": ["qkv_proj"],
+    "phi": ["q_proj", "v_proj", "fc1", "fc2"],
+    "nemotron_h": ["q_proj", "k_proj", "v_proj", "o_proj"],
+}
+
+# Heads by name, for models that cannot be asked for their output layer.
+HEAD_NAMES = ("lm_head", "score", "classifier", "qa_outputs")
+
+_ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
+_QUERY_OR_VALUE = re.compile(r"(q|v|query|value)(_?proj|_lin)?", re.IGNORECASE)
+
+
+def resolve(config: Any, model: nn.Module) -> tuple[Any, list[str]]:
+    """The layers of `model` that `config` adapts.
+
+    Returns:
+        A copy of `config` in which `target_modules` and `modules_to_save` say outright what was left to the library, and
+        the dotted paths of the layers, in the model's order.
+
+    Raises:
+        ValueError: nothing matches (with the nearest names that exist), or a match is no layer that can be adapted.
+    """
+    saved = modules_to_save(config, model)
+    wanted = config.target_modules
+    if wanted is None:
+        wanted = default_targets(model)
+    elif isinstance(wanted, str) and wanted.lower() == ALL_LINEAR:
+        wanted = sorted(all_linear(model))
+    matched = [path for path, _ in base_modules(model) if path and matches(wanted, path)]
+    if isinstance(wanted, list):
+        _check_each_target_exists(wanted, matched, model)
+    chosen = [path for path in matched if _is_kept(config, saved, path)]
+    if not chosen:
+        raise ValueError(_nothing_matches(config, wanted, matched, model))
+    return config.replaced(target_modules=wanted, modules_to_save=saved or None), _check_kinds(chosen, model)
+
+
+def modules_to_save(config: AdapterConfig, model: nn.Module) -> list[str]:
+    """What is trained whole: what the configuration names, and the head that its task trains from scratch.
+
+    Raises:
+        ValueError: a name of the configuration is not in the model.
+    """
+    named = list(getattr(config, "modules_to_save", None) or [])
+    heads = TASK_HEADS.get(config.task_type, ())  # type: ignore[arg-type]
+    paths = [path for path, _ in base_modules(model) if path]
+    for name in named:
+        # PEFT writes both names of the usual heads into each file; a model has one of them.
+        if name not in heads and not any(_ends_with(path, name) for path in paths):
+            raise ValueError(f"modules_to_save: {_no_such(name, paths)}")
+    named += [head for head in heads if head not in named]
+    return [name for name in named if any(_ends_with(path, name) for path in paths)]
+
+
+def paths_to_save(names: Iterable[str], model: nn.Module) -> list[str]:
+    """Paths of the modules that `names` mean, outermost only."""
+    found = [path for path, _ in base_modules(model) if path and any(_ends_with(path, name) for name in names)]
+    return [path for path in found if not any(path.startswith(outer + ".") for outer in found)]
+
+
+def matches(wanted: str | list[str], path: str) -> bool:
+    """A list matches by dotted suffix, a string as a regular expression of the whole path."""
+    if isinstance(wanted, str):
+        return re.fullmatch(wanted, path) is not None
+    return any(_ends_with(path, name) for name in wanted)
+
+
+def all_linear(model: nn.Module) -> list[str]:
+    """Every linear layer but the output head."""
+    heads = output_heads(model)
+    return [path for path, layer in base_modules(model) if path and base_of(layer) is not None and path not in heads]
+
+
+def output_heads(model: nn.Module) -> set[str]:
+    """Paths of the layers that make the model's output: never adapted or quantised unless named."""
+    heads = set()
+    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    for path, module in base_modules(model):
+        if module is output or (path.split(".")[0] in HEAD_NAMES and base_of(module) is not None):
+            heads.add(path)
+    return heads
+
+
+def default_targets(model: nn.Module) -> list[str]:
+    """What is adapted when the configuration does not say: by the model's type, else by its structure."""
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    if model_type in DEFAULT_TARGETS:
+        return DEFAULT_TARGETS[model_type]
+    attention = [path for path in all_linear(model) if any(_ATTENTION.search(part) for part in path.split(".")[:-1])]
+    names = sorted({path.rpartition(".")[2] for path in attention})
+    chosen = [name for name in names if _QUERY_OR_VALUE.fullmatch(name)] or names
+    if not chosen:
+        raise ValueError(
+            f"no default targets for {type(model).__name__}: it has no linear layer inside an attention module; "
+            'name the layers in target_modules, or take them all with target_modules="all-linear"'
+        )
+    logger.warning("target_modules not given and %s is in no table: chose %s by structure", type(model).__name__, chosen)
+    return chosen
+
+
+def _is_kept(config: Any, saved: list[str], path: str) -> bool:
+    excluded = getattr(config, "exclude_modules", None)
+    if excluded and matches(excluded, path):
+        return False
+    # A module that is trained whole is not adapted as well.
+    if any(re.match(rf"(^|.*\.){re.escape(name)}($|\..*)", path) for name in saved):
+        return False
+    return _is_in_wanted_block(config, path)
+
+
+def _is_in_wanted_block(config: Any, path: str) -> bool:
+    indices = getattr(config, "layers_to_transform", None)
+    if indices is None or indices == []:
+        return True
+    pattern = config.layers_pattern or r"[^.]*"
+    lists = [pattern] if isinstance(pattern, str) else pattern
+    # The first number in the path is the block; a later one counts something inside it, such as an expert.
+    found = [match for name in lists if (match := re.match(rf"(?:.*?\.)?{name}\.(\d+)\.", path))]
+    wanted = [indices] if isinstance(indices, int) else indices
+    return bool(found) and int(found[0].group(1)) in wanted
+
+
+def _check_kinds(paths: list[str], model: nn.Module) -> list[str]:
+    for path in paths:
+        layer = model.get_submodule(path)
+        if base_of(layer) is None:
+            inside = [f"{path}.{name}" for name, inner in layer.named_modules() if name and base_of(inner) is not None]
+            hint = f"; linear layers inside it: {', '.join(inside[:4])}" if inside else ""
+            raise ValueError(f"target {path!r} is a {type(layer).__name__}, which is no linear layer{hint}")
+    return paths
+
+
+def _check_each_target_exists(wanted: list[str], matched: list[str], model: nn.Module) -> None:
+    missing = [name for name in wanted if not any(_ends_with(path, name) for path in matched)]
+    # As in PEFT, a list may name layers of several architectures, as long as one is there.
+    if wanted and len(missing) == len(wanted):
+        paths = [path for path, _ in base_modules(model) if path]
+        raise ValueError("target_modules: " + "; ".join(_no_such(name, paths) for name in missing))
+    if missing:
+        logger.warning("target_modules not in this model: %s", ", ".join(missing))
+
+
+def _nothing_matches(config: Any, wanted: str | list[str], matched: list[str], model: nn.Module) -> str:
+    if matched:
+        return (
+            f"target_modules={wanted!r} matches {len(matched)} layers ({matched[0]}, ...), but exclude_modules, "
+            "layers_to_transform or modules_to_save leaves none of them"
+        )
+    examples = ", ".join(all_linear(model)[:6])
+    return f"target_modules={wanted!r} matches no module; linear layers of this model: {examples or 'none'}"
+
+
+def _no_such(name: str, paths: list[str]) -> str:
+    """A sentence with the nearest names that exist."""
+    leaves = sorted({path.rpartition(".")[2] for path in paths if not path.rpartition(".")[2].isdigit()})
+    near = difflib.get_close_matches(name.rpartition(".")[2], leaves, n=3, cutoff=0.4)
+    return f"no module is named {name!r}; the nearest are {', '.join(near or leaves[:6])}"
+
+
+def _ends_with(path: str, name: str) -> bool:
+    return path == name or path.endswith("." + name)

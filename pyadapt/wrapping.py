@@ -1,0 +1,108 @@
+"""The main verbs: wrap, unwrap, plan, load, merge. Each works on the model in place and returns it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from . import attach, checkpoint
+from .config import as_config
+from .files import Path
+from .model import AdaptedModel, is_wrapped, make_adapted
+from .planning import Plan, make_plan
+
+
+def wrap(model: nn.Module, config: Any, adapter_name: str = "default") -> nn.Module:
+    """Put adapters into `model` and freeze everything else.
+
+    The model stays the same object with the same class name, parameters and state-dict keys; a targeted
+    layer carries its adapter beside its weight. Wrapping a wrapped model adds another adapter, which is not active.
+
+    Args:
+        model: any `torch.nn.Module`; a transformers model keeps `generate`, `save_pretrained` and the rest.
+        config: a `LoraConfig` or another method's, a dict, a path to JSON or YAML, or a `peft` configuration.
+        adapter_name: what the adapter is called.
+
+    Returns:
+        `model`, of which everything was checked before anything was changed.
+
+    Raises:
+        ValueError: the configuration does not fit the model.
+        RuntimeError: the model is compiled or sharded already, or its forward is patched.
+    """
+    config = as_config(config)
+    if is_wrapped(model):
+        model.add_adapter(adapter_name, config)  # type: ignore[operator]
+        return model
+    attach.check_adapter_name(adapter_name, [])
+    return _put(model, make_plan(model, config), adapter_name, trainable=True)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Remove every adapter: the base model again, with its own class and the parameters that it trained before."""
+    return _wrapped(model, "unwrap").unload()
+
+
+def plan(model: nn.Module, config: Any) -> Plan:
+    """What `wrap(model, config)` would do: layers, shapes, parameters, kernels. Changes nothing.
+
+    Raises:
+        ValueError: the configuration does not fit the model.
+    """
+    return make_plan(model, as_config(config))
+
+
+def load(
+    model: nn.Module, path: Path, adapter_name: str = "default", is_trainable: bool = False, strict: bool = True, **hub: Any
+) -> nn.Module:
+    """Wrap `model` with the adapter in `path`, a folder in PEFT format or a hub name.
+
+    Args:
+        model: the base model, or a wrapped one that gets a further adapter.
+        path: folder with `adapter_config.json` and `adapter_model.safetensors`.
+        adapter_name: what the adapter is called here.
+        is_trainable: False freezes it and puts the model into evaluation mode.
+        strict: refuse files with missing, extra or misshapen tensors.
+        hub: `revision`, `token`, `cache_dir` for a hub name.
+
+    Raises:
+        AdapterFileError: the files are missing, damaged or do not fit; the model is unchanged.
+    """
+    if is_wrapped(model):
+        model.load_adapter(path, adapter_name, is_trainable, strict, **hub)  # type: ignore[operator]
+        return model
+    attach.check_adapter_name(adapter_name, [])
+    read = checkpoint.read_adapter(model, path, strict=strict, **hub)
+    _put(model, read.plan, adapter_name, trainable=is_trainable)
+    checkpoint.fill_adapter(model, adapter_name, read.tensors)
+    return model if is_trainable else model.eval()
+
+
+def merge(model: nn.Module, original: Path | None = None) -> nn.Module:
+    """Fold the active adapters into the weights; the plain model, without pyadapt, in the same object.
+
+    Args:
+        model: a wrapped model.
+        original: checkpoint of the model from before it was quantised; by default int8 weights are dequantised.
+
+    Raises:
+        ValueError: a merged weight would not be finite; the model is unchanged.
+    """
+    return _wrapped(model, "merge").merge_and_unload(original=original)
+
+
+def _put(model: nn.Module, plan: Plan, name: str, *, trainable: bool) -> nn.Module:
+    make_adapted(model)
+    try:
+        model._add(plan, name, trainable=trainable)  # type: ignore[operator]
+    except BaseException:
+        model.unload()  # type: ignore[operator]
+        raise
+    return model
+
+
+def _wrapped(model: nn.Module, action: str) -> AdaptedModel:
+    if not is_wrapped(model):
+        raise ValueError(f"cannot {action}: this {type(model).__name__} carries no adapters of pyadapt")
+    return model  # type: ignore[return-value]
