@@ -1,9 +1,12 @@
 """pyadapt: parameter-efficient fine-tuning at close to the cost of the frozen model.
 
+Wrap a model, train it with any loop, save the adapter, or export the merged model::
+
     model = pyadapt.wrap(model, pyadapt.LoraConfig(r=16))
-    ...train...
     model.save_pretrained("adapter")
     pyadapt.export(model, "merged")
+
+The public names are loaded when first used: importing pyadapt costs what importing torch costs.
 """
 
 from __future__ import annotations
@@ -11,9 +14,65 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+if TYPE_CHECKING:
+    from .config import AdapterConfig as AdapterConfig
+    from .config import TaskType as TaskType
+    from .exporting import export as export
+    from .familiar import (
+        AutoPeftModel as AutoPeftModel,
+    )
+    from .familiar import (
+        AutoPeftModelForCausalLM as AutoPeftModelForCausalLM,
+    )
+    from .familiar import (
+        AutoPeftModelForFeatureExtraction as AutoPeftModelForFeatureExtraction,
+    )
+    from .familiar import (
+        AutoPeftModelForQuestionAnswering as AutoPeftModelForQuestionAnswering,
+    )
+    from .familiar import (
+        AutoPeftModelForSeq2SeqLM as AutoPeftModelForSeq2SeqLM,
+    )
+    from .familiar import (
+        AutoPeftModelForSequenceClassification as AutoPeftModelForSequenceClassification,
+    )
+    from .familiar import (
+        AutoPeftModelForTokenClassification as AutoPeftModelForTokenClassification,
+    )
+    from .familiar import (
+        PeftConfig as PeftConfig,
+    )
+    from .familiar import (
+        PeftModel as PeftModel,
+    )
+    from .familiar import (
+        get_peft_config as get_peft_config,
+    )
+    from .familiar import (
+        get_peft_model as get_peft_model,
+    )
+    from .familiar import (
+        get_pet_config as get_pet_config,
+    )
+    from .familiar import (
+        get_pet_model as get_pet_model,
+    )
+    from .files import AdapterFileError as AdapterFileError
+    from .integrations.transformers import load_quantized as load_quantized
+    from .merging import MergeReport as MergeReport
+    from .methods.lora import LoraConfig as LoraConfig
+    from .model import is_wrapped as is_wrapped
+    from .planning import Plan as Plan
+    from .quantization import quantize as quantize
+    from .wrapping import load as load
+    from .wrapping import merge as merge
+    from .wrapping import plan as plan
+    from .wrapping import unwrap as unwrap
+    from .wrapping import wrap as wrap
+
 __version__ = "0.1.0"
 
-# Public name -> module it lives in. Loaded when first used: importing pyadapt costs what importing torch costs.
+# Where each public name lives.
 _HOMES = {
     "AdapterConfig": "config",
     "AdapterFileError": "files",
@@ -45,7 +104,7 @@ _HOMES = {
     "wrap": "wrapping",
 }
 
-__all__ = ["__version__", *sorted(_HOMES)]
+__all__ = ["__version__", *_HOMES]
 
 
 def __getattr__(name: str) -> Any:
@@ -58,31 +117,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *_HOMES})
-
-
-if TYPE_CHECKING:
-    from .config import AdapterConfig, TaskType
-    from .exporting import export
-    from .familiar import (
-        AutoPeftModel,
-        AutoPeftModelForCausalLM,
-        AutoPeftModelForFeatureExtraction,
-        AutoPeftModelForQuestionAnswering,
-        AutoPeftModelForSeq2SeqLM,
-        AutoPeftModelForSequenceClassification,
-        AutoPeftModelForTokenClassification,
-        PeftConfig,
-        PeftModel,
-        get_peft_config,
-        get_peft_model,
-        get_pet_config,
-        get_pet_model,
-    )
-    from .files import AdapterFileError
-    from .integrations.transformers import load_quantized
-    from .merging import MergeReport
-    from .methods.lora import LoraConfig
-    from .model import is_wrapped
-    from .planning import Plan
-    from .quantization import quantize
-    from .wrapping import load, merge, plan, unwrap, wrap

@@ -42,9 +42,7 @@ def attach(model: nn.Module, plan: Plan, name: str) -> None:
         layer = model.get_submodule(row.path)
         base = base_of(layer)
         assert base is not None
-        unit = plan.method.make_unit(
-            plan.config, row.path, base, layer, _home_of(layer), adapter_dtype_of(layer)
-        )
+        unit = plan.method.make_unit(plan.config, row.path, base, layer, _home_of(layer), adapter_dtype_of(layer))
         units.append((layer, base, unit.train(layer.training)))
     copies = [(module, _trainable_copy(module)) for module in map(model.get_submodule, plan.saved)]
     for layer, base, unit in units:

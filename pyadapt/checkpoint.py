@@ -130,7 +130,11 @@ def _places(model: nn.Module, name: str) -> Iterator[tuple[str, str, Tensor]]:
         if unit is None:
             continue
         for attribute, suffix in unit.file_keys.items():
-            yield f"{KEY_PREFIX}{path}.{suffix}", f"{path}.adapters.{name}.{attribute}", getattr(unit, attribute)
+            yield (
+                f"{KEY_PREFIX}{path}.{suffix}",
+                f"{path}.adapters.{name}.{attribute}",
+                getattr(unit, attribute),
+            )
     for path, module in saved_modules(model):
         if name in module.copies:
             for key, tensor in module.copies[name].state_dict(keep_vars=True).items():

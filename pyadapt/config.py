@@ -78,7 +78,12 @@ class AdapterConfig:
     def to_dict(self) -> dict[str, Any]:
         """Every key that PEFT writes for this method, JSON-ready; sets come out sorted."""
         own = {field.name: _to_json(getattr(self, field.name)) for field in dataclasses.fields(self)}
-        written = {**self.neutral_keys, **own, "peft_type": self.peft_type, "peft_version": PEFT_FORMAT_VERSION}
+        written = {
+            **self.neutral_keys,
+            **own,
+            "peft_type": self.peft_type,
+            "peft_version": PEFT_FORMAT_VERSION,
+        }
         return dict(sorted(written.items()))
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
@@ -112,7 +117,7 @@ class AdapterConfig:
             if values[key] not in (target.neutral_keys[key], None, False):
                 raise ValueError(f"{key}={values[key]!r}: {target.__name__} of this version has no such option")
             del values[key]
-        return target(**values)  # type: ignore[return-value]
+        return target(**values)
 
     @classmethod
     def from_json(cls: type[ConfigT], source: str | os.PathLike[str]) -> ConfigT:

@@ -21,8 +21,8 @@ from .surgery import original_class
 def export(model: nn.Module, path: Path, original: Path | None = None, **save_options: Any) -> MergeReport:
     """Write `model` with its active adapters folded in; the model itself stays as it is.
 
-    A transformers model becomes a folder for its `from_pretrained`, any other module a `model.safetensors` with the keys
-    that it had before wrapping. Layers over int8 are written dense, in the dtype they had.
+    A transformers model becomes a folder for its `from_pretrained`, any other module a `model.safetensors` with
+    the keys that it had before wrapping. Layers over int8 are written dense, in the dtype they had.
 
     Args:
         model: a wrapped or a quantised model.
@@ -41,9 +41,11 @@ def export(model: nn.Module, path: Path, original: Path | None = None, **save_op
         raise ValueError(f"{os.fspath(path)} is a file; a folder is needed")
     names: list[str] = []
     if is_wrapped(model):
-        if model.adapter_state.merged:  # type: ignore[union-attr]
-            raise RuntimeError("adapters are merged in place: unmerge_adapter() first, so that they are not folded in twice")
-        names = list(model.adapter_state.active)  # type: ignore[union-attr]
+        if model.adapter_state.merged:
+            raise RuntimeError(
+                "adapters are merged in place: unmerge_adapter() first, so that they are not folded in twice"
+            )
+        names = list(model.adapter_state.active)
     report = MergeReport()
     tensors = _plain_state_dict(model, names, original, report)
     parent = os.path.dirname(os.path.abspath(path))
@@ -86,7 +88,7 @@ def _plain_state_dict(
 
 
 def _plain_twin(model: nn.Module) -> Any:
-    """The model's outer object once more, with its original class and an unquantised config: for its save method only."""
+    """The model's outer object once more, with its original class and a plain config: for its save method only."""
     twin = copy.copy(model)
     twin.__class__ = original_class(model)
     for attribute in ("peft_config", "adapter_state", "_hf_peft_config_loaded"):

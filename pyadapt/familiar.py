@@ -29,11 +29,15 @@ class _KnowsWrapped(type):
 
 
 class PeftModel(metaclass=_KnowsWrapped):
-    """Not a class that models have: a wrapped model keeps its own. `isinstance(model, PeftModel)` asks whether it is wrapped."""
+    """No model has this class, as each keeps its own; `isinstance(model, PeftModel)` asks if it is wrapped."""
 
     @staticmethod
     def from_pretrained(
-        model: nn.Module, model_id: Path, adapter_name: str = "default", is_trainable: bool = False, **hub: Any
+        model: nn.Module,
+        model_id: Path,
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        **hub: Any,
     ) -> nn.Module:
         """`pyadapt.load` under PEFT's name."""
         return load(model, model_id, adapter_name, is_trainable, **hub)
@@ -63,7 +67,9 @@ class _AutoPeftModel:
 
         config = AdapterConfig.from_pretrained(path)
         if not config.base_model_name_or_path:
-            raise AdapterFileError(f"{path} does not name its base model; load that yourself, then pyadapt.load(model, path)")
+            raise AdapterFileError(
+                f"{path} does not name its base model; load that yourself, then pyadapt.load(model, path)"
+            )
         auto = getattr(transformers, cls.auto_class)
         base = auto.from_pretrained(config.base_model_name_or_path, **base_options)
         return load(base, path, adapter_name, is_trainable)
@@ -91,22 +97,22 @@ class AutoPeftModel(_AutoPeftModel):
     def from_pretrained(
         cls, path: Path, adapter_name: str = "default", is_trainable: bool = False, **base_options: Any
     ) -> nn.Module:
-        """See `AutoPeftModelForCausalLM.from_pretrained`; the adapter's `task_type` or `auto_mapping` gives the class."""
+        """As `AutoPeftModelForCausalLM.from_pretrained`; the adapter's task or `auto_mapping` names the class."""
         config = AdapterConfig.from_pretrained(path)
         if isinstance(config.task_type, TaskType):
             auto_class = _CLASS_OF_TASK[config.task_type]
         elif config.auto_mapping is not None:
             auto_class = config.auto_mapping["base_model_class"]
         else:
-            raise AdapterFileError(f"{path} names neither a task nor a model class; use one of the AutoPeftModelFor* names")
+            raise AdapterFileError(
+                f"{path} names neither a task nor a model class; use one of the AutoPeftModelFor* names"
+            )
         return _auto("", auto_class).from_pretrained(path, adapter_name, is_trainable, **base_options)
 
 
 AutoPeftModelForCausalLM = _auto("ForCausalLM", "AutoModelForCausalLM")
 AutoPeftModelForSeq2SeqLM = _auto("ForSeq2SeqLM", "AutoModelForSeq2SeqLM")
-AutoPeftModelForSequenceClassification = _auto(
-    "ForSequenceClassification", "AutoModelForSequenceClassification"
-)
+AutoPeftModelForSequenceClassification = _auto("ForSequenceClassification", "AutoModelForSequenceClassification")
 AutoPeftModelForTokenClassification = _auto("ForTokenClassification", "AutoModelForTokenClassification")
 AutoPeftModelForQuestionAnswering = _auto("ForQuestionAnswering", "AutoModelForQuestionAnswering")
 AutoPeftModelForFeatureExtraction = _auto("ForFeatureExtraction", "AutoModel")

@@ -113,8 +113,6 @@ def resolve_adapter_folder(path: Path, **hub: Any) -> str:
         patterns = ["adapter_config.json", ADAPTER_WEIGHTS_FILE, ADAPTER_PICKLE_FILE]
         return snapshot_download(name, allow_patterns=patterns, **hub)
     except ImportError:
-        raise AdapterFileError(
-            f'there is no folder {name}; to look on the hub, pip install "pyadapt[hub]"'
-        ) from None
+        raise AdapterFileError(f'there is no folder {name}; to look on the hub, pip install "pyadapt[hub]"') from None
     except Exception as error:
         raise AdapterFileError(f"there is no folder {name}, and the hub gave no such adapter: {error}") from error

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from .base import BaseWeight, Operands
 from .method import AdapterUnit
-from .surgery import adopt, is_adopted_by, release
+from .surgery import adopt, release
 
 
 class AdaptedLayer(nn.Module):
@@ -50,16 +50,18 @@ class AdaptedLayer(nn.Module):
 
     def unit(self, name: str) -> AdapterUnit | None:
         """The unit of the adapter called `name`, or None."""
-        return self.adapters[name] if name in self.adapters else None  # type: ignore[return-value]
+        if name not in self.adapters:
+            return None
+        return cast(AdapterUnit, self.adapters[name])
 
 
 def add_unit(layer: nn.Module, base: type[BaseWeight], name: str, unit: AdapterUnit) -> None:
     """Put `unit` on `layer` under `name`, making it an adapted layer if it is not one yet."""
     if not isinstance(layer, AdaptedLayer):
-        adopt(layer, AdaptedLayer)
+        layer = adopt(layer, AdaptedLayer)
         layer.adapters = nn.ModuleDict()
-        layer.live, layer.base, layer.unmerged = (), base, None  # type: ignore[assignment]
-    layer.adapters[name] = unit  # type: ignore[operator]
+        layer.live, layer.base, layer.unmerged = (), base, None
+    layer.adapters[name] = unit
 
 
 def restore_layer(layer: AdaptedLayer) -> None:
@@ -90,10 +92,10 @@ class SavedModule(nn.Module):
 def add_copy(module: nn.Module, name: str, copy: nn.Module) -> None:
     """Let `copy` answer for `module` when the adapter called `name` is live."""
     if not isinstance(module, SavedModule):
-        adopt(module, SavedModule)
+        module = adopt(module, SavedModule)
         module.copies = nn.ModuleDict()
-        module.live_copy = None  # type: ignore[assignment]
-    module.copies[name] = copy  # type: ignore[operator]
+        module.live_copy = None
+    module.copies[name] = copy
 
 
 def restore_module(module: SavedModule) -> None:
@@ -117,12 +119,12 @@ def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def adapted_layers(model: nn.Module) -> Iterator[tuple[str, AdaptedLayer]]:
     """(path, layer) of each adapted layer, in the model's order."""
     for path, module in model.named_modules():
-        if is_adopted_by(module, AdaptedLayer):
-            yield path, module  # type: ignore[misc]
+        if isinstance(module, AdaptedLayer):
+            yield path, module
 
 
 def saved_modules(model: nn.Module) -> Iterator[tuple[str, SavedModule]]:
     """(path, module) of each module that some adapter trains whole."""
     for path, module in model.named_modules():
-        if is_adopted_by(module, SavedModule):
-            yield path, module  # type: ignore[misc]
+        if isinstance(module, SavedModule):
+            yield path, module

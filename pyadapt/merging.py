@@ -27,9 +27,9 @@ class MergeReport:
 
     Attributes:
         sources: layer path -> `ORIGINAL`, `DEQUANTIZED` or `DENSE`.
-        errors: layer path -> relative error (Frobenius norm) of the stored weight. Over `DENSE` and `ORIGINAL` it is the
-            rounding to the stored dtype, measured; over `DEQUANTIZED` it is the error of the quantisation, estimated from the
-            scales (uniform rounding: scale / sqrt(12) an element).
+        errors: layer path -> relative error (Frobenius norm) of the stored weight. Over `DENSE` and `ORIGINAL` it is
+            the rounding to the stored dtype, measured; over `DEQUANTIZED` it is the error of the quantisation,
+            estimated from the scales (uniform rounding: scale / sqrt(12) an element).
     """
 
     sources: dict[str, str] = field(default_factory=dict)

@@ -64,7 +64,12 @@ class LayerMethod:
 
     @staticmethod
     def make_unit(
-        config: Any, path: str, base: type[BaseWeight], layer: nn.Module, device: torch.device, dtype: torch.dtype
+        config: Any,
+        path: str,
+        base: type[BaseWeight],
+        layer: nn.Module,
+        device: torch.device,
+        dtype: torch.dtype,
     ) -> AdapterUnit:
         """A freshly initialised unit for the layer at `path`."""
         raise NotImplementedError

@@ -6,7 +6,7 @@ import contextlib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeGuard, cast
 
 from torch import Tensor, nn
 
@@ -60,16 +60,21 @@ class AdaptedModel(nn.Module):
     # --- adapters ---------------------------------------------------------------------------------
 
     def add_adapter(self, *args: Any, **kwargs: Any) -> None:
-        """Add a fresh adapter: `add_adapter(name, config)` as in PEFT, or `add_adapter(config, name)` as in transformers.
+        """Add a fresh adapter: `add_adapter(name, config)` as in PEFT, or `(config, name)` as in transformers.
 
         It becomes active only where there was none.
         """
         config, name = _config_and_name(*args, **kwargs)
         attach.check_adapter_name(name, list(self.peft_config))
-        self._add(make_plan(self, as_config(config)), name, trainable=True)
+        self.add_planned(make_plan(self, as_config(config)), name, trainable=True)
 
     def load_adapter(
-        self, path: Path, adapter_name: str = "default", is_trainable: bool = False, strict: bool = True, **hub: Any
+        self,
+        path: Path,
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        strict: bool = True,
+        **hub: Any,
     ) -> None:
         """Add the adapter that lies in the folder (or hub repository) `path`.
 
@@ -78,7 +83,7 @@ class AdaptedModel(nn.Module):
         """
         attach.check_adapter_name(adapter_name, list(self.peft_config))
         read = checkpoint.read_adapter(self, path, strict=strict, **hub)
-        self._add(read.plan, adapter_name, trainable=is_trainable)
+        self.add_planned(read.plan, adapter_name, trainable=is_trainable)
         checkpoint.fill_adapter(self, adapter_name, read.tensors)
 
     def set_adapter(self, adapter_name: str | Sequence[str]) -> None:
@@ -152,9 +157,10 @@ class AdaptedModel(nn.Module):
     # --- merging ----------------------------------------------------------------------------------
 
     def merge_adapter(self, adapter_names: Sequence[str] | None = None) -> None:
-        """Fold adapters (by default the active ones) into the weights in place; `unmerge_adapter` puts back the exact old ones.
+        """Fold adapters (by default the active ones) into the weights in place.
 
-        Until then the old weights are kept beside the merged ones. An int8 weight is quantised again.
+        The old weights are kept beside the merged ones, so that `unmerge_adapter` can put them back exactly. An int8
+        weight is quantised again.
 
         Raises:
             RuntimeError: adapters are merged already.
@@ -182,13 +188,14 @@ class AdaptedModel(nn.Module):
     def merge_and_unload(
         self, adapter_names: Sequence[str] | None = None, original: Path | None = None, **unused: Any
     ) -> nn.Module:
-        """Fold adapters (by default the active ones) in and give back the plain model: the same object, its original class.
+        """Fold adapters (by default the active ones) in and give back the plain model, the same object.
 
         Layers over int8 become dense. The report of sources and errors is left in `model.merge_report`.
 
         Args:
             adapter_names: the adapters to fold in.
-            original: checkpoint of the model from before it was quantised, to merge into in place of dequantised weights.
+            original: checkpoint of the model from before it was quantised, to merge into instead of dequantised
+                weights.
             unused: `safe_merge` and `progressbar` of PEFT; every merge here is a safe one.
         """
         _check_only(unused, "safe_merge", "progressbar")
@@ -207,7 +214,7 @@ class AdaptedModel(nn.Module):
         model = self.unload()
         if is_transformers_model(model):
             forget_quantization(model)
-        model.merge_report = report  # type: ignore[assignment]
+        cast(Any, model).merge_report = report
         return model
 
     def unload(self) -> nn.Module:
@@ -247,7 +254,7 @@ class AdaptedModel(nn.Module):
             state_dict: the whole model's state dict where an engine has gathered it.
             is_main_process: other processes write nothing.
             push_to_hub: upload the folder afterwards; `repo_id`, `token`, `private`, `commit_message` are passed on.
-            kwargs: further options of transformers' and PEFT's `save_pretrained`, which have no meaning for adapters here.
+            kwargs: further options of transformers' and PEFT's `save_pretrained`, which mean nothing for adapters here.
         """
         names = list(self.peft_config) if selected_adapters is None else list(selected_adapters)
         self._check_names(names)
@@ -258,7 +265,11 @@ class AdaptedModel(nn.Module):
                 checkpoint.save_adapter(self, save_directory, name, self.peft_config[name], state_dict)
             if push_to_hub:
                 hub = {key: kwargs[key] for key in ("token", "private", "commit_message") if key in kwargs}
-                _upload(save_directory, kwargs.get("repo_id") or os.path.basename(os.path.abspath(save_directory)), **hub)
+                _upload(
+                    save_directory,
+                    kwargs.get("repo_id") or os.path.basename(os.path.abspath(save_directory)),
+                    **hub,
+                )
 
     def push_to_hub(self, repo_id: str, **hub: Any) -> None:
         """Upload the adapters to the hub repository `repo_id` (`token`, `private`, `commit_message`)."""
@@ -293,7 +304,8 @@ class AdaptedModel(nn.Module):
 
     # --- inside -----------------------------------------------------------------------------------
 
-    def _add(self, plan: Plan, name: str, *, trainable: bool) -> None:
+    def add_planned(self, plan: Plan, name: str, *, trainable: bool) -> None:
+        """Add the adapter that `plan` describes (see `planning.make_plan`)."""
         self._check_not_merged("add an adapter")
         attach.attach(self, plan, name)
         config = plan.config.replaced(inference_mode=not trainable)
@@ -326,22 +338,24 @@ class AdaptedModel(nn.Module):
             raise RuntimeError(f"cannot {action}: {', '.join(self.adapter_state.merged)} is merged; {remedy}")
 
 
-def is_wrapped(model: nn.Module) -> bool:
+def is_wrapped(model: nn.Module) -> TypeGuard[AdaptedModel]:
     """Whether `model` carries adapters of pyadapt."""
     return is_adopted_by(model, AdaptedModel)
 
 
-def make_adapted(model: nn.Module) -> None:
+def make_adapted(model: nn.Module) -> AdaptedModel:
     """Turn a plain model into an adapted one that has no adapters yet: its weights are frozen."""
     trained = frozenset(name for name, parameter in model.named_parameters() if parameter.requires_grad)
-    adopt(model, AdaptedModel)
-    model.peft_config = {}  # type: ignore[assignment]
-    model.adapter_state = AdapterState(trained_before=trained)  # type: ignore[assignment]
-    model._hf_peft_config_loaded = True  # type: ignore[assignment]
+    checkpointing = _is_checkpointing(model)
+    model = adopt(model, AdaptedModel)
+    model.peft_config = {}
+    model.adapter_state = AdapterState(trained_before=trained)
+    model._hf_peft_config_loaded = True
     model.requires_grad_(False)
-    if _is_checkpointing(model):
+    if checkpointing:
         # A checkpointed block whose inputs need no gradient is skipped by backward, and nothing would train.
-        model.enable_input_require_grads()  # type: ignore[operator]
+        cast(Any, model).enable_input_require_grads()
+    return model
 
 
 def _is_checkpointing(model: nn.Module) -> bool:

@@ -36,7 +36,7 @@ class OriginalWeights:
                 handle = safe_open(file, framework="pt")
             except SafetensorError as error:
                 raise AdapterFileError(f"{file} is damaged or of another format: {error}") from error
-            self._where.update({key: handle for key in handle.keys()}) 
+            self._where.update(dict.fromkeys(list(handle.keys()), handle))
 
     def read(self, layer_path: str, plain_shape: torch.Size) -> Tensor:
         """The weight of the layer at `layer_path`, in the orientation of its class."""

@@ -86,7 +86,11 @@ class Plan:
         return {
             "config": self.config.to_dict(),
             "layers": [
-                {**vars(layer), "shapes": {k: list(v) for k, v in layer.shapes.items()}, "parameters": layer.parameters}
+                {
+                    **vars(layer),
+                    "shapes": {k: list(v) for k, v in layer.shapes.items()},
+                    "parameters": layer.parameters,
+                }
                 for layer in self.layers
             ],
             "modules_to_save": dict(self.saved),
@@ -111,7 +115,10 @@ class Plan:
         ]
         rows += [(path, "trained whole", "", "", "", f"{count:,}", "") for path, count in self.saved.items()]
         widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in [head, *rows]]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+            for row in [head, *rows]
+        ]
         share = 100 * self.trainable_parameters / self.all_parameters
         total = f"{self.trainable_parameters:,} of {self.all_parameters:,} parameters are trained ({share:.4f} %)"
         return "\n".join([*lines, total])
@@ -131,7 +138,10 @@ def make_plan(model: nn.Module, config: AdapterConfig) -> Plan:
     return Plan(
         config=resolved,
         layers=[_plan_layer(method, resolved, path, model.get_submodule(path)) for path in paths],
-        saved={path: _plan_saved(path, model.get_submodule(path)) for path in paths_to_save(resolved.modules_to_save or (), model)},
+        saved={
+            path: _plan_saved(path, model.get_submodule(path))
+            for path in paths_to_save(resolved.modules_to_save or (), model)
+        },
         base_parameters=count_base_parameters(model),
     )
 

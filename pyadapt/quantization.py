@@ -47,7 +47,9 @@ def quantize(model: nn.Module, scheme: str = "int8", skip: Iterable[str] | None 
         layer = model.get_submodule(path)
         check_adoptable(path, layer)
         if not bool(torch.isfinite(Dense.operands(layer).weight).all()):
-            raise ValueError(f"{path}.weight holds a NaN or an infinity and cannot be quantised; the model is unchanged")
+            raise ValueError(
+                f"{path}.weight holds a NaN or an infinity and cannot be quantised; the model is unchanged"
+            )
     for path in paths:
         make_int8(model.get_submodule(path))
     _remember_quantization(model, skip)

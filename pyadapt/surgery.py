@@ -8,7 +8,7 @@ original name. FSDP2's ``fully_shard`` changes modules in this way too.
 from __future__ import annotations
 
 import types
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from torch import nn
 
@@ -17,8 +17,11 @@ from torch import nn
 _classes: dict[tuple[type, type], type] = {}
 
 
-def adopt(module: nn.Module, mixin: type[nn.Module]) -> None:
-    """Put `mixin` in front of the class of `module`, in place.
+MixinT = TypeVar("MixinT", bound=nn.Module)
+
+
+def adopt(module: nn.Module, mixin: type[MixinT]) -> MixinT:
+    """Put `mixin` in front of the class of `module`, in place; the same object is returned under its new type.
 
     Raises:
         RuntimeError: the instance has a ``forward`` of its own, which would hide the mixin's.
@@ -27,13 +30,14 @@ def adopt(module: nn.Module, mixin: type[nn.Module]) -> None:
         _check_forward_can_be_replaced(module)
     module.__class__ = _dynamic_class(mixin, type(module))
     _rebind_hooked_forward(module)
+    return cast(MixinT, module)
 
 
 def release(module: nn.Module, mixin: type[nn.Module]) -> None:
     """Take `mixin` off again; it must be the one put on last."""
     if not is_adopted_by(module, mixin):
         raise RuntimeError(f"{type(module).__name__} does not carry {mixin.__name__} outermost")
-    module.__class__ = type(module)._pyadapt_original
+    module.__class__ = type(module).__dict__["_pyadapt_original"]
     _rebind_hooked_forward(module)
 
 
@@ -87,7 +91,7 @@ def _reduce_ex(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
 
 
 def _new_instance(root: type, mixins: tuple[type, ...]) -> Any:
-    cls = root
+    cls: Any = root
     for mixin in mixins:
         cls = _dynamic_class(mixin, cls)
     return cls.__new__(cls)
@@ -106,7 +110,7 @@ def _check_forward_can_be_replaced(module: nn.Module) -> None:
 def _rebind_hooked_forward(module: nn.Module) -> None:
     """Point instance-level copies of ``forward`` at the new class.
 
-    accelerate keeps the forward it hooked as ``_old_forward``; bound to the old class it would silently skip the adapter.
+    accelerate keeps the forward it hooked as ``_old_forward``; bound to the old class it would skip the adapter.
     """
     for name in ("_old_forward", "forward"):
         held = module.__dict__.get(name)

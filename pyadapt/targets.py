@@ -11,33 +11,49 @@ from typing import Any
 from torch import nn
 
 from .base import base_of
-from .config import TASK_HEADS, AdapterConfig
+from .config import TASK_HEADS, AdapterConfig, TaskType
 from .layer import base_modules
 
 logger = logging.getLogger("pyadapt")
 
 ALL_LINEAR = "all-linear"
 
-# model_type of the configuration -> default targets. The choices are those of PEFT, so that a file which leaves
-# `target_modules` to the library means the same layers in both. Models that are not here are read by structure.
-DEFAULT_TARGETS: dict[str, list[str]] = {
-    **dict.fromkeys(
-        "llama llama4 mistral mixtral gemma gemma2 gemma3_text qwen2 qwen3 opt gptj gpt_neo bart stablelm".split(),
+# Default targets, and the values of `config.model_type` that they are for. The choices are those of PEFT, so that a
+# file which leaves `target_modules` to the library means the same layers in both. Other models are read by structure.
+_DEFAULTS: list[tuple[list[str], list[str]]] = [
+    (
         ["q_proj", "v_proj"],
+        [
+            "llama",
+            "llama4",
+            "mistral",
+            "mixtral",
+            "gemma",
+            "gemma2",
+            "gemma3_text",
+            "qwen2",
+            "qwen3",
+            "opt",
+            "gptj",
+            "gpt_neo",
+            "bart",
+            "stablelm",
+        ],
     ),
-    **dict.fromkeys("bert roberta xlm-roberta electra layoutlm vit".split(), ["query", "value"]),
-    **dict.fromkeys("bloom gpt_neox chatglm falcon RefinedWeb RefinedWebModel".split(), ["query_key_value"]),
-    **dict.fromkeys("t5 mt5".split(), ["q", "v"]),
-    **dict.fromkeys("gpt2 gpt_bigcode".split(), ["c_attn"]),
-    "blip-2": ["q", "v", "q_proj", "v_proj"],
-    "deberta-v2": ["query_proj", "value_proj"],
-    "deberta": ["in_proj"],
-    "mpt": ["Wqkv"],
-    "btlm": ["c_proj", "c_attn"],
-    "codegen": ["qkv_proj"],
-    "phi": ["q_proj", "v_proj", "fc1", "fc2"],
-    "nemotron_h": ["q_proj", "k_proj", "v_proj", "o_proj"],
-}
+    (["query", "value"], ["bert", "roberta", "xlm-roberta", "electra", "layoutlm", "vit"]),
+    (["query_key_value"], ["bloom", "gpt_neox", "chatglm", "falcon", "RefinedWeb", "RefinedWebModel"]),
+    (["q", "v"], ["t5", "mt5"]),
+    (["c_attn"], ["gpt2", "gpt_bigcode"]),
+    (["q", "v", "q_proj", "v_proj"], ["blip-2"]),
+    (["query_proj", "value_proj"], ["deberta-v2"]),
+    (["in_proj"], ["deberta"]),
+    (["Wqkv"], ["mpt"]),
+    (["c_proj", "c_attn"], ["btlm"]),
+    (["qkv_proj"], ["codegen"]),
+    (["q_proj", "v_proj", "fc1", "fc2"], ["phi"]),
+    (["q_proj", "k_proj", "v_proj", "o_proj"], ["nemotron_h"]),
+]
+DEFAULT_TARGETS = {model_type: targets for targets, model_types in _DEFAULTS for model_type in model_types}
 
 # Heads by name, for models that cannot be asked for their output layer.
 HEAD_NAMES = ("lm_head", "score", "classifier", "qa_outputs")
@@ -50,8 +66,8 @@ def resolve(config: Any, model: nn.Module) -> tuple[Any, list[str]]:
     """The layers of `model` that `config` adapts.
 
     Returns:
-        A copy of `config` in which `target_modules` and `modules_to_save` say outright what was left to the library, and
-        the dotted paths of the layers, in the model's order.
+        A copy of `config` in which `target_modules` and `modules_to_save` say outright what was left to the library,
+        and the dotted paths of the layers, in the model's order.
 
     Raises:
         ValueError: nothing matches (with the nearest names that exist), or a match is no layer that can be adapted.
@@ -78,7 +94,7 @@ def modules_to_save(config: AdapterConfig, model: nn.Module) -> list[str]:
         ValueError: a name of the configuration is not in the model.
     """
     named = list(getattr(config, "modules_to_save", None) or [])
-    heads = TASK_HEADS.get(config.task_type, ())  # type: ignore[arg-type]
+    heads = TASK_HEADS.get(config.task_type, ()) if isinstance(config.task_type, TaskType) else ()
     paths = [path for path, _ in base_modules(model) if path]
     for name in named:
         # PEFT writes both names of the usual heads into each file; a model has one of them.
@@ -110,7 +126,8 @@ def all_linear(model: nn.Module) -> list[str]:
 def output_heads(model: nn.Module) -> set[str]:
     """Paths of the layers that make the model's output: never adapted or quantised unless named."""
     heads = set()
-    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    ask: Any = getattr(model, "get_output_embeddings", None)
+    output = ask() if ask is not None else None
     for path, module in base_modules(model):
         if module is output or (path.split(".")[0] in HEAD_NAMES and base_of(module) is not None):
             heads.add(path)
@@ -130,7 +147,9 @@ def default_targets(model: nn.Module) -> list[str]:
             f"no default targets for {type(model).__name__}: it has no linear layer inside an attention module; "
             'name the layers in target_modules, or take them all with target_modules="all-linear"'
         )
-    logger.warning("target_modules not given and %s is in no table: chose %s by structure", type(model).__name__, chosen)
+    logger.warning(
+        "target_modules not given and %s is in no table: chose %s by structure", type(model).__name__, chosen
+    )
     return chosen
 
 

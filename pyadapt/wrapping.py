@@ -33,7 +33,7 @@ def wrap(model: nn.Module, config: Any, adapter_name: str = "default") -> nn.Mod
     """
     config = as_config(config)
     if is_wrapped(model):
-        model.add_adapter(adapter_name, config)  # type: ignore[operator]
+        model.add_adapter(adapter_name, config)
         return model
     attach.check_adapter_name(adapter_name, [])
     return _put(model, make_plan(model, config), adapter_name, trainable=True)
@@ -54,7 +54,12 @@ def plan(model: nn.Module, config: Any) -> Plan:
 
 
 def load(
-    model: nn.Module, path: Path, adapter_name: str = "default", is_trainable: bool = False, strict: bool = True, **hub: Any
+    model: nn.Module,
+    path: Path,
+    adapter_name: str = "default",
+    is_trainable: bool = False,
+    strict: bool = True,
+    **hub: Any,
 ) -> nn.Module:
     """Wrap `model` with the adapter in `path`, a folder in PEFT format or a hub name.
 
@@ -70,7 +75,7 @@ def load(
         AdapterFileError: the files are missing, damaged or do not fit; the model is unchanged.
     """
     if is_wrapped(model):
-        model.load_adapter(path, adapter_name, is_trainable, strict, **hub)  # type: ignore[operator]
+        model.load_adapter(path, adapter_name, is_trainable, strict, **hub)
         return model
     attach.check_adapter_name(adapter_name, [])
     read = checkpoint.read_adapter(model, path, strict=strict, **hub)
@@ -93,16 +98,16 @@ def merge(model: nn.Module, original: Path | None = None) -> nn.Module:
 
 
 def _put(model: nn.Module, plan: Plan, name: str, *, trainable: bool) -> nn.Module:
-    make_adapted(model)
+    adapted = make_adapted(model)
     try:
-        model._add(plan, name, trainable=trainable)  # type: ignore[operator]
+        adapted.add_planned(plan, name, trainable=trainable)
     except BaseException:
-        model.unload()  # type: ignore[operator]
+        adapted.unload()
         raise
-    return model
+    return adapted
 
 
 def _wrapped(model: nn.Module, action: str) -> AdaptedModel:
     if not is_wrapped(model):
         raise ValueError(f"cannot {action}: this {type(model).__name__} carries no adapters of pyadapt")
-    return model  # type: ignore[return-value]
+    return model

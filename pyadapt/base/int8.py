@@ -9,6 +9,8 @@ floating tensor.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -45,42 +47,42 @@ class Int8(BaseWeight):
     name = "int8"
 
     @staticmethod
-    def accepts(layer: nn.Module) -> bool:
+    def accepts(layer: Any) -> bool:
         """See `BaseWeight.accepts`."""
         return isinstance(layer, Int8Layer)
 
     @staticmethod
-    def shape(layer: nn.Module) -> tuple[int, int]:
+    def shape(layer: Any) -> tuple[int, int]:
         """See `BaseWeight.shape`."""
         return Dense.shape(layer)
 
     @staticmethod
-    def dtype(layer: nn.Module) -> torch.dtype:
+    def dtype(layer: Any) -> torch.dtype:
         """See `BaseWeight.dtype`."""
-        return layer.dense_dtype  # type: ignore[return-value]
+        return layer.dense_dtype
 
     @staticmethod
-    def operands(layer: nn.Module) -> Operands:
+    def operands(layer: Any) -> Operands:
         """See `BaseWeight.operands`."""
-        return Int8Layer.operands(layer)  # type: ignore[arg-type]
+        return Int8Layer.operands(layer)
 
     @staticmethod
-    def matrix(layer: nn.Module) -> Tensor:
+    def matrix(layer: Any) -> Tensor:
         """See `BaseWeight.matrix`."""
-        weight, scale, _ = Int8.operands(layer)
+        scale = layer.weight_scale.detach().view(torch.float32)
         wide = torch.promote_types(Int8.dtype(layer), torch.float32)
-        return torch.ops.pyadapt.dequantize_rows(weight.detach(), scale.detach(), wide)  # type: ignore[union-attr]
+        return torch.ops.pyadapt.dequantize_rows(layer.weight.detach(), scale, wide)
 
     @staticmethod
-    def assign(layer: nn.Module, matrix: Tensor) -> None:
+    def assign(layer: Any, matrix: Tensor) -> None:
         """See `BaseWeight.assign`; quantised again, row by row."""
         weight, scale = _quantize(matrix)
         with torch.no_grad():
-            layer.weight.copy_(weight)  # type: ignore[operator]
-            layer.weight_scale.copy_(scale)  # type: ignore[operator]
+            layer.weight.copy_(weight)
+            layer.weight_scale.copy_(scale)
 
     @staticmethod
-    def make_dense(layer: nn.Module, matrix: Tensor) -> None:
+    def make_dense(layer: Any, matrix: Tensor) -> None:
         """See `BaseWeight.make_dense`."""
         plain = Int8.plain(layer, matrix)
         release(layer, Int8Layer)
@@ -88,18 +90,18 @@ class Int8(BaseWeight):
         layer.weight = nn.Parameter(plain, requires_grad=False)
 
     @staticmethod
-    def plain(layer: nn.Module, matrix: Tensor) -> Tensor:
+    def plain(layer: Any, matrix: Tensor) -> Tensor:
         """See `BaseWeight.plain`."""
         matrix = matrix.to(Int8.dtype(layer))
         return matrix.t().contiguous() if is_conv1d(layer) else matrix
 
     @staticmethod
-    def stored(layer: nn.Module) -> dict[str, nn.Parameter]:
+    def stored(layer: Any) -> dict[str, nn.Parameter]:
         """See `BaseWeight.stored`."""
-        return {"weight": layer.weight, "weight_scale": layer.weight_scale}  # type: ignore[dict-item]
+        return {"weight": layer.weight, "weight_scale": layer.weight_scale}
 
 
-def make_int8(layer: nn.Module) -> None:
+def make_int8(layer: Any) -> None:
     """Quantise a dense linear layer in place.
 
     Raises:
@@ -109,12 +111,12 @@ def make_int8(layer: nn.Module) -> None:
     _become_int8(layer, weight, scale)
 
 
-def make_empty_int8(layer: nn.Module) -> None:
+def make_empty_int8(layer: Any) -> None:
     """Give a dense layer int8 parameters of the right shape without values, for a checkpoint to fill."""
     device = layer.weight.device
     n, k = Dense.shape(layer)
-    weight = torch.empty(n, k, dtype=torch.int8, device=device)  # type: ignore[call-overload]
-    scale = torch.empty(n, dtype=torch.int32, device=device)  # type: ignore[call-overload]
+    weight = torch.empty(n, k, dtype=torch.int8, device=device)
+    scale = torch.empty(n, dtype=torch.int32, device=device)
     _become_int8(layer, weight, scale)
 
 
@@ -124,11 +126,11 @@ def _quantize(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return weight, scale.view(torch.int32)
 
 
-def _become_int8(layer: nn.Module, weight: Tensor, scale: Tensor) -> None:
+def _become_int8(layer: Any, weight: Tensor, scale: Tensor) -> None:
     dtype = Dense.dtype(layer)
     layer.weight = nn.Parameter(weight, requires_grad=False)
     layer.weight_scale = nn.Parameter(scale, requires_grad=False)
-    layer.dense_dtype = dtype  # type: ignore[assignment]
+    layer.dense_dtype = dtype
     if layer.bias is not None:
-        layer.bias.requires_grad_(False)  # type: ignore[operator]
+        layer.bias.requires_grad_(False)
     adopt(layer, Int8Layer)

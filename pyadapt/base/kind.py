@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,52 +26,52 @@ class Operands(NamedTuple):
 
 
 class BaseWeight:
-    """A stateless description of one kind of layer weight; every method takes the layer."""
+    """A stateless description of one kind of layer weight; every method takes the layer, a `torch.nn.Module`."""
 
     name: ClassVar[str]
 
     @staticmethod
-    def accepts(layer: nn.Module) -> bool:
+    def accepts(layer: Any) -> bool:
         """Whether `layer` holds its weight in this way."""
         raise NotImplementedError
 
     @staticmethod
-    def shape(layer: nn.Module) -> tuple[int, int]:
+    def shape(layer: Any) -> tuple[int, int]:
         """(N, K): output and input features, whatever the storage looks like at the moment."""
         raise NotImplementedError
 
     @staticmethod
-    def dtype(layer: nn.Module) -> torch.dtype:
+    def dtype(layer: Any) -> torch.dtype:
         """The floating dtype that the weight has, or had before it was quantised."""
         raise NotImplementedError
 
     @staticmethod
-    def operands(layer: nn.Module) -> Operands:
+    def operands(layer: Any) -> Operands:
         """Read the weight, inside the forward of `layer` or in backward. The result must not be kept."""
         raise NotImplementedError
 
     @staticmethod
-    def matrix(layer: nn.Module) -> Tensor:
+    def matrix(layer: Any) -> Tensor:
         """The weight as a new (N, K) tensor in fp32, or fp64 for an fp64 weight."""
         raise NotImplementedError
 
     @staticmethod
-    def assign(layer: nn.Module, matrix: Tensor) -> None:
+    def assign(layer: Any, matrix: Tensor) -> None:
         """Write `matrix` (N, K) into the layer, in this kind's own storage."""
         raise NotImplementedError
 
     @staticmethod
-    def make_dense(layer: nn.Module, matrix: Tensor) -> None:
+    def make_dense(layer: Any, matrix: Tensor) -> None:
         """Make `layer` a plain layer that holds `matrix` (N, K) in its original dtype."""
         raise NotImplementedError
 
     @staticmethod
-    def plain(layer: nn.Module, matrix: Tensor) -> Tensor:
+    def plain(layer: Any, matrix: Tensor) -> Tensor:
         """`matrix` (N, K) as the plain layer would store it: original dtype and orientation."""
         raise NotImplementedError
 
     @staticmethod
-    def stored(layer: nn.Module) -> dict[str, nn.Parameter]:
+    def stored(layer: Any) -> dict[str, nn.Parameter]:
         """The parameters that hold the weight, by attribute name."""
         raise NotImplementedError
 
@@ -82,6 +82,6 @@ def register(kind: type[BaseWeight]) -> type[BaseWeight]:
     return kind
 
 
-def base_of(layer: nn.Module) -> type[BaseWeight] | None:
+def base_of(layer: Any) -> type[BaseWeight] | None:
     """The kind of weight that `layer` holds, or None if it is no layer that can be adapted."""
     return next((kind for kind in KINDS if kind.accepts(layer)), None)

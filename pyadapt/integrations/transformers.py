@@ -31,6 +31,7 @@ def _quantizer_classes() -> tuple[type, type]:
     class Int8Quantizer(HfQuantizer):
         """Gives the empty model int8 layers before transformers fills them from a checkpoint."""
 
+        quantization_config: Int8Config
         requires_calibration = False
 
         def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:

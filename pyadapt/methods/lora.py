@@ -149,9 +149,7 @@ class LoraUnit(AdapterUnit):
         p = self.dropout if self.training else 0.0
         if y is None:
             seed = draw_seed() if p > 0 else None
-            return LoraLinear.apply(
-                x, self.lora_A, self.lora_B, owner, self.scaling, p, seed, output_dtype(x)
-            )
+            return LoraLinear.apply(x, self.lora_A, self.lora_B, owner, self.scaling, p, seed, output_dtype(x))
         dropped = F.dropout(x, p) if p > 0 else x
         term = F.linear(F.linear(dropped.to(self.lora_A.dtype), self.lora_A), self.lora_B)
         return y + (self.scaling * term).to(y.dtype)

@@ -1,0 +1,53 @@
+# make quickstart   fine-tune a real pretrained model in int8 with LoRA, and export it (about a minute)
+# make test         run the tests
+# make check        ruff and mypy
+# make bench        the layer benchmark
+# make clean        remove what these have made
+#
+# Each makes .venv when it is not there. PYTHON=python3.12 make ... takes another interpreter.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+export HF_HUB_OFFLINE = 1
+
+# What the extension and the metadata are built from: a change installs again.
+SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(shell find csrc -type f)
+
+.PHONY: quickstart test check bench clean
+
+quickstart: $(VENV)/.quickstart
+	$(BIN)/pyadapt quickstart $(ARGS)
+
+test: check
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+
+check: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.test
+	$(BIN)/python -m benchmarks.layer $(ARGS)
+
+$(VENV)/.made:
+	$(PYTHON) scripts/check_prerequisites.py
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet torch -c constraints.txt
+	touch $@
+
+# Editable, so that an edited Python file needs no new installation. The emulated instruction sets let a machine without
+# AVX-512 run that code's tests; a release is built without them.
+$(VENV)/.test: $(VENV)/.made $(SOURCES)
+	$(PIP) install --quiet --editable ".[test]" -c constraints.txt -Ccmake.define.PYADAPT_EMULATED_ISA=ON
+	touch $@
+
+# An environment that has the tests' packages has the quick start's too.
+$(VENV)/.quickstart: $(VENV)/.made $(SOURCES)
+	test -e $(VENV)/.test || $(PIP) install --quiet --editable ".[quickstart]" -c constraints.txt
+	test ! -e $(VENV)/.test || $(MAKE) $(VENV)/.test
+	touch $@
+
+clean:
+	rm -rf $(VENV) build quickstart-out .pytest_cache .ruff_cache .mypy_cache
