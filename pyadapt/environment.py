@@ -14,6 +14,19 @@ from .ops import routes
 # Packages whose version decides how pyadapt behaves; those that are not installed are reported as such.
 COMPANIONS = ("transformers", "accelerate", "peft", "safetensors", "deepspeed", "bitsandbytes")
 
+# (device, input dtype, weight dtype, tokens): a decoding step and a training step over each kind of base.
+CASES = [
+    ("cpu", torch.float32, torch.float32, 512),
+    ("cpu", torch.bfloat16, torch.bfloat16, 1),
+    ("cpu", torch.bfloat16, torch.bfloat16, 512),
+    ("cpu", torch.float32, torch.int8, 512),
+    ("cpu", torch.bfloat16, torch.int8, 1),
+    ("cpu", torch.bfloat16, torch.int8, 512),
+    ("cuda", torch.bfloat16, torch.bfloat16, 512),
+    ("cuda", torch.float16, torch.int8, 512),
+]
+CASE_FEATURES, CASE_RANK = 2048, 16
+
 
 def report() -> dict[str, Any]:
     """Everything that a bug report should say, JSON-ready."""
@@ -26,7 +39,7 @@ def report() -> dict[str, Any]:
         "cuda_devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "packages": {name: _version(name) for name in COMPANIONS},
         "native": native.describe(),
-        "routes": routes.table(),
+        "routes": [_route(*case) for case in CASES],
     }
 
 
@@ -48,6 +61,22 @@ def as_text(values: dict[str, Any]) -> str:
     lines.append("routes:")
     lines += ["  " + "  ".join(map(str.ljust, row, widths)).rstrip() for row in cells]
     return "\n".join(lines)
+
+
+def _route(device: str, x: torch.dtype, weight: torch.dtype, tokens: int) -> dict[str, Any]:
+    """The route of one LoRA layer's forward."""
+    rule = routes.predict("forward", device, x, weight, tokens, CASE_FEATURES, CASE_FEATURES, CASE_RANK)
+    return {
+        "device": device,
+        "x": str(x).removeprefix("torch."),
+        "weight": str(weight).removeprefix("torch."),
+        "M": tokens,
+        "N": CASE_FEATURES,
+        "K": CASE_FEATURES,
+        "r": CASE_RANK,
+        "route": rule.route,
+        "reason": rule.reason,
+    }
 
 
 def _version(package: str) -> str | None:

@@ -74,12 +74,22 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         if name.endswith(".bin"):
             import torch
 
-            return torch.load(name, map_location="cpu", weights_only=True)
+            return _only_tensors(torch.load(name, map_location="cpu", weights_only=True))
         from safetensors.torch import load_file
 
         return load_file(name)
     except Exception as error:
         raise AdapterFileError(f"{name} is damaged or of another format: {error}") from error
+
+
+def _only_tensors(content: Any) -> dict[str, Tensor]:
+    """`content` if it is a state dict, which a pickle need not be."""
+    if not isinstance(content, dict):
+        raise TypeError(f"it holds a {type(content).__name__}, not a dict of tensors")
+    for key, value in content.items():
+        if not isinstance(key, str) or not isinstance(value, Tensor):
+            raise TypeError(f"it holds a {type(value).__name__} under {key!r}, not a tensor under a name")
+    return content
 
 
 def adapter_weights_path(folder: Path) -> str:

@@ -59,7 +59,7 @@ def add_unit(layer: nn.Module, base: type[BaseWeight], name: str, unit: AdapterU
     """Put `unit` on `layer` under `name`, making it an adapted layer if it is not one yet."""
     if not isinstance(layer, AdaptedLayer):
         layer = adopt(layer, AdaptedLayer)
-        layer.adapters = nn.ModuleDict()
+        layer.adapters = nn.ModuleDict().train(layer.training)
         layer.live, layer.base, layer.unmerged = (), base, None
     layer.adapters[name] = unit
 
@@ -93,7 +93,7 @@ def add_copy(module: nn.Module, name: str, copy: nn.Module) -> None:
     """Let `copy` answer for `module` when the adapter called `name` is live."""
     if not isinstance(module, SavedModule):
         module = adopt(module, SavedModule)
-        module.copies = nn.ModuleDict()
+        module.copies = nn.ModuleDict().train(module.training)
         module.live_copy = None
     module.copies[name] = copy
 

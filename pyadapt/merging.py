@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -11,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from .base import BaseWeight, base_of
+from .base.dense import is_conv1d
 from .base.int8 import Int8
 from .files import Path
-from .layer import AdaptedLayer, adapted_layers, base_modules, restore_layer
+from .layer import AdaptedLayer, SavedModule, adapted_layers, base_modules, restore_layer
 from .originals import OriginalWeights
 
 logger = logging.getLogger("pyadapt")
@@ -94,7 +96,7 @@ def merged_weights(
         elif base is Int8:
             assert originals is not None
             plain = originals.read(path, base.plain(layer, matrix).shape)
-            matrix = (plain if plain.shape == matrix.shape else plain.t()).to(matrix.dtype)
+            matrix = (plain.t() if is_conv1d(layer) else plain).to(matrix.dtype)
             source = ORIGINAL
         if delta is not None:
             matrix += delta
@@ -124,6 +126,24 @@ def merge_to_plain(model: nn.Module, names: Sequence[str], original: Path | None
         base.make_dense(layer, matrix)
     logger.info("%s", report)
     return report
+
+
+def take_over(model: nn.Module, module: SavedModule, trained: nn.Module) -> None:
+    """Write a trained copy's values into the module that it was made of.
+
+    A weight that other modules of `model` read as well (an output head tied to the embedding) is left to them: the
+    module gets one of its own.
+    """
+    readers = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
+    with torch.no_grad():
+        for name, value in trained.state_dict().items():
+            path, _, attribute = name.rpartition(".")
+            owner = module.get_submodule(path)
+            own = getattr(owner, attribute)
+            if readers[id(own)] > 1:
+                setattr(owner, attribute, nn.Parameter(value.clone(), requires_grad=own.requires_grad))
+            else:
+                own.copy_(value)
 
 
 def _merged_layers(model: nn.Module, names: Sequence[str]) -> Iterator[tuple[str, AdaptedLayer, Tensor]]:

@@ -207,10 +207,7 @@ class AdaptedModel(nn.Module):
         for _, module in saved_modules(self):
             live = next((name for name in names if name in module.copies), None)
             if live is not None:
-                own = {key: value for key, value in module.state_dict().items() if not key.startswith("copies.")}
-                trained = module.copies[live].state_dict()
-                for key, value in own.items():
-                    value.copy_(trained[key])
+                merging.take_over(self, module, module.copies[live])
         model = self.unload()
         if is_transformers_model(model):
             forget_quantization(model)

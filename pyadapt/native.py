@@ -5,8 +5,8 @@ It is loaded at first use, not at import. Without it everything still works, thr
 Environment:
 
 - ``PYADAPT_NATIVE=0`` never loads it.
-- ``PYADAPT_CPU_ISA=avx2`` (or another of ``isas()``) picks the CPU kernels' instruction set; without it the best one that
-  this machine runs is in use.
+- ``PYADAPT_CPU_ISA=avx2`` (or another of ``isas()``) picks the CPU kernels' instruction set; without it the best one
+  that this machine runs is in use.
 """
 
 from __future__ import annotations
@@ -80,6 +80,7 @@ def isas() -> tuple[str, ...]:
     return tuple(module.usable_isas()) if module else ()
 
 
+@functools.cache
 def isa() -> str | None:
     """The instruction set in use; None without native kernels."""
     module = core()
@@ -92,6 +93,7 @@ def set_isa(name: str) -> None:
     if module is None:
         raise RuntimeError("there is no instruction set to choose: pyadapt's native kernels are not loaded")
     module.set_isa(name)
+    isa.cache_clear()
 
 
 @contextmanager

@@ -176,7 +176,8 @@ def _plan_layer(method: type[LayerMethod], config: Any, path: str, layer: nn.Mod
     out_features, in_features = base.shape(layer)
     rank = method.rank(config, path)
     weight, x_dtype = next(iter(base.stored(layer).values())), base.dtype(layer)
-    kernel = routes.choose(weight.device.type, x_dtype, weight.dtype, PLANNED_TOKENS, out_features, in_features, rank)
+    shape = (PLANNED_TOKENS, out_features, in_features, rank)
+    kernel = routes.predict("forward", weight.device.type, x_dtype, weight.dtype, *shape).route
     return LayerPlan(
         path=path,
         layer=type(layer).__name__,
@@ -185,7 +186,7 @@ def _plan_layer(method: type[LayerMethod], config: Any, path: str, layer: nn.Mod
         in_features=in_features,
         rank=rank,
         shapes=method.shapes(config, path, out_features, in_features),
-        kernel=str(kernel),
+        kernel=kernel,
     )
 
 

@@ -34,16 +34,28 @@ def adopt(module: nn.Module, mixin: type[MixinT]) -> MixinT:
 
 
 def release(module: nn.Module, mixin: type[nn.Module]) -> None:
-    """Take `mixin` off again; it must be the one put on last."""
-    if not is_adopted_by(module, mixin):
-        raise RuntimeError(f"{type(module).__name__} does not carry {mixin.__name__} outermost")
-    module.__class__ = type(module).__dict__["_pyadapt_original"]
+    """Take `mixin` off again; others that were put on before or after it stay.
+
+    Raises:
+        RuntimeError: the module does not carry it, or something else has changed its class since.
+    """
+    root, mixins = _root_and_mixins(type(module))
+    if mixin not in mixins:
+        raise RuntimeError(
+            f"{type(module).__name__} cannot be taken back: its class was changed after {mixin.__name__} was put on "
+            "(sharded by fully_shard?)"
+        )
+    cls = root
+    for kept in mixins:
+        if kept is not mixin:
+            cls = _dynamic_class(kept, cls)
+    module.__class__ = cls
     _rebind_hooked_forward(module)
 
 
 def is_adopted_by(module: nn.Module, mixin: type[nn.Module]) -> bool:
-    """Whether the outermost class of `module` is one that `adopt` made for `mixin`."""
-    return type(module).__dict__.get("_pyadapt_mixin") is mixin
+    """Whether `adopt` put `mixin` on `module`, whatever was put on it since."""
+    return isinstance(module, mixin)
 
 
 def original_class(module: nn.Module) -> type:

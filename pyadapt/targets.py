@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from .base import base_of
+from .base.dense import is_conv1d
 from .config import TASK_HEADS, AdapterConfig, TaskType
 from .layer import base_modules
 
@@ -40,7 +41,7 @@ _DEFAULTS: list[tuple[list[str], list[str]]] = [
             "stablelm",
         ],
     ),
-    (["query", "value"], ["bert", "roberta", "xlm-roberta", "electra", "layoutlm", "vit"]),
+    (["query", "value"], ["bert", "roberta", "xlm-roberta", "electra", "layoutlm"]),
     (["query_key_value"], ["bloom", "gpt_neox", "chatglm", "falcon", "RefinedWeb", "RefinedWebModel"]),
     (["q", "v"], ["t5", "mt5"]),
     (["c_attn"], ["gpt2", "gpt_bigcode"]),
@@ -84,7 +85,11 @@ def resolve(config: Any, model: nn.Module) -> tuple[Any, list[str]]:
     chosen = [path for path in matched if _is_kept(config, saved, path)]
     if not chosen:
         raise ValueError(_nothing_matches(config, wanted, matched, model))
-    return config.replaced(target_modules=wanted, modules_to_save=saved or None), _check_kinds(chosen, model)
+    _check_kinds(chosen, model)
+    # PEFT's files say it of a model with Conv1D layers, whatever the user's configuration said.
+    transposed = any(is_conv1d(model.get_submodule(path)) for path in chosen)
+    resolved = config.replaced(target_modules=wanted, modules_to_save=saved or None, fan_in_fan_out=transposed)
+    return resolved, chosen
 
 
 def modules_to_save(config: AdapterConfig, model: nn.Module) -> list[str]:
@@ -138,7 +143,7 @@ def default_targets(model: nn.Module) -> list[str]:
     """What is adapted when the configuration does not say: by the model's type, else by its structure."""
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     if model_type in DEFAULT_TARGETS:
-        return DEFAULT_TARGETS[model_type]
+        return list(DEFAULT_TARGETS[model_type])
     attention = [path for path in all_linear(model) if any(_ATTENTION.search(part) for part in path.split(".")[:-1])]
     names = sorted({path.rpartition(".")[2] for path in attention})
     chosen = [name for name in names if _QUERY_OR_VALUE.fullmatch(name)] or names
@@ -175,14 +180,13 @@ def _is_in_wanted_block(config: Any, path: str) -> bool:
     return bool(found) and int(found[0].group(1)) in wanted
 
 
-def _check_kinds(paths: list[str], model: nn.Module) -> list[str]:
+def _check_kinds(paths: list[str], model: nn.Module) -> None:
     for path in paths:
         layer = model.get_submodule(path)
         if base_of(layer) is None:
             inside = [f"{path}.{name}" for name, inner in layer.named_modules() if name and base_of(inner) is not None]
             hint = f"; linear layers inside it: {', '.join(inside[:4])}" if inside else ""
             raise ValueError(f"target {path!r} is a {type(layer).__name__}, which is no linear layer{hint}")
-    return paths
 
 
 def _check_each_target_exists(wanted: list[str], matched: list[str], model: nn.Module) -> None:

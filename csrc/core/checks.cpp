@@ -1,0 +1,80 @@
+#include "checks.hpp"
+
+#include <cmath>
+#include <string>
+
+#include "error.hpp"
+
+namespace pyadapt {
+namespace {
+
+std::string pair(std::int64_t a, std::int64_t b) { return "(" + std::to_string(a) + ", " + std::to_string(b) + ")"; }
+
+std::string shape_of(const Tensor& tensor) {
+    return tensor.dims == 1 ? "(" + std::to_string(tensor.sizes[0]) + ",)" : pair(tensor.sizes[0], tensor.sizes[1]);
+}
+
+[[noreturn]] void refuse_strides(const Tensor& tensor, const char* wanted) {
+    throw ValueError(std::string(tensor.name) + " has strides " + pair(tensor.strides[0], tensor.strides[1]) +
+                     " for shape " + shape_of(tensor) + "; wanted " + wanted);
+}
+
+}  // namespace
+
+void check_shape(const Tensor& tensor, Extent size) {
+    if (tensor.dims == 1 && tensor.sizes[0] == size.size) return;
+    throw ValueError(std::string(tensor.name) + " has shape " + shape_of(tensor) + "; wanted (" + size.letter +
+                     ",) = (" + std::to_string(size.size) + ",)");
+}
+
+void check_shape(const Tensor& tensor, Extent rows, Extent cols) {
+    if (tensor.dims == 2 && tensor.sizes[0] == rows.size && tensor.sizes[1] == cols.size) return;
+    throw ValueError(std::string(tensor.name) + " has shape " + shape_of(tensor) + "; wanted (" + rows.letter + ", " +
+                     cols.letter + ") = " + pair(rows.size, cols.size));
+}
+
+void check_dtype(const Tensor& tensor, DType wanted) {
+    if (tensor.dtype == wanted) return;
+    throw TypeError(std::string(tensor.name) + " is " + name_of(tensor.dtype) + "; wanted " + name_of(wanted));
+}
+
+void check_floating(const Tensor& tensor) {
+    if (is_floating(tensor.dtype)) return;
+    throw TypeError(std::string(tensor.name) + " is " + name_of(tensor.dtype) +
+                    "; wanted float32, bfloat16 or float16");
+}
+
+void check_rows(const Tensor& tensor) {
+    if (tensor.strides[tensor.dims - 1] == 1) return;
+    refuse_strides(tensor, "unit stride along the last dimension");
+}
+
+void check_rows_or_columns(const Tensor& tensor) {
+    if (tensor.strides[1] == 1 || tensor.strides[0] == 1) return;
+    refuse_strides(tensor, "unit stride along one of the two dimensions");
+}
+
+void check_output(const Tensor& tensor) {
+    check_rows(tensor);
+    if (tensor.dims == 1 || tensor.sizes[0] <= 1 || tensor.strides[0] >= tensor.sizes[1]) return;
+    refuse_strides(tensor, "rows that do not overlap, because it is written to");
+}
+
+Dropout make_dropout(double p, const Tensor* seed) {
+    if (!(p >= 0.0 && p <= 1.0)) throw ValueError("dropout_p is " + std::to_string(p) + "; it must lie in [0, 1]");
+    if (p == 0.0) return Dropout{{0, 0}, 0, 1.0f};
+    if (!seed)
+        throw ValueError("dropout_p is " + std::to_string(p) +
+                         ", but no seed was given: pass a CPU int64 tensor of one element");
+    check_dtype(*seed, DType::i64);
+    if (seed->sizes[0] != 1 || (seed->dims == 2 && seed->sizes[1] != 1))
+        throw ValueError("seed has shape " + shape_of(*seed) + "; wanted one element");
+    const auto key = *static_cast<const std::uint64_t*>(seed->data);
+    // Ties to even under the default rounding mode, as Python's round().
+    const auto threshold = static_cast<std::uint64_t>(std::nearbyint(p * 4294967296.0));
+    return Dropout{{static_cast<std::uint32_t>(key), static_cast<std::uint32_t>(key >> 32)},
+                   threshold,
+                   p < 1.0 ? static_cast<float>(1.0 / (1.0 - p)) : 0.0f};
+}
+
+}  // namespace pyadapt

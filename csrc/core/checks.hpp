@@ -1,0 +1,34 @@
+// Checks of what a caller hands in, before any memory is touched. Each error names the tensor, what was seen and what
+// was wanted.
+#pragma once
+
+#include <cstdint>
+
+#include "philox.hpp"
+#include "tensor.hpp"
+
+namespace pyadapt {
+
+// A dimension size with the letter of the mathematics it stands for: shape(x, {M, K}).
+struct Extent {
+    const char* letter;
+    std::int64_t size;
+};
+
+void check_shape(const Tensor& tensor, Extent size);
+void check_shape(const Tensor& tensor, Extent rows, Extent cols);
+
+void check_dtype(const Tensor& tensor, DType wanted);
+void check_floating(const Tensor& tensor);
+
+// Rows of unit stride, with any distance between the rows.
+void check_rows(const Tensor& tensor);
+// Rows or columns of unit stride: a weight (N, K), or the transposed view of one stored as (K, N).
+void check_rows_or_columns(const Tensor& tensor);
+// An output: rows of unit stride that do not overlap.
+void check_output(const Tensor& tensor);
+
+// The dropout of probability p; null seed only with p = 0.
+Dropout make_dropout(double p, const Tensor* seed);
+
+}  // namespace pyadapt

@@ -1,0 +1,100 @@
+// What a CPU kernel is asked to do, and the table of kernels that each instruction set fills in.
+//
+// Only plain structures live here: this header is seen by files compiled for different instruction sets, and an inline
+// function in it could be kept in the copy that this machine cannot run.
+#pragma once
+
+#include <cstdint>
+
+#include "../core/dtype.hpp"
+#include "../core/philox.hpp"
+
+namespace pyadapt::cpu {
+
+// One side of a product, seen as (rows, depth): depth is the axis that is summed over.
+struct Operand {
+    const void* data = nullptr;
+    DType dtype = DType::f32;
+    std::int64_t row_stride = 0;
+    std::int64_t depth_stride = 0;
+    bool along_depth = true;             // which of the two strides is 1: memory is read along that axis
+    const float* depth_scale = nullptr;  // multiplies element (i, p) by depth_scale[p]: g scale[n] in dx
+    const Dropout* dropout = nullptr;    // drop(x): the axis of unit stride is k, the other m
+};
+
+// out (rows, cols) = left (rows, depth) right (cols, depth)', with a low-rank term in the same tile.
+//
+//   forward:  out = alpha (left right') col_scale + low_alpha low_left low_right' + bias
+//   dx:       out = drop(low_alpha low_left low_right') + left right'
+struct Gemm {
+    std::int64_t rows = 0, cols = 0, depth = 0;
+    Operand left, right;
+    bool add_out = false;  // the product is already in out (the library route): read it there, depth is 0
+
+    std::int64_t rank = 0;  // 0: no low-rank term
+    Operand low_left;       // (rows, rank)
+    Operand low_right;      // (cols, rank)
+    float low_alpha = 1.0f;
+    const Dropout* low_dropout = nullptr;  // the mask of dx; the low-rank term comes first then
+
+    float alpha = 1.0f;                // multiplies the product
+    const float* col_scale = nullptr;  // the row scale of an int8 weight
+    const void* bias = nullptr;
+    DType bias_dtype = DType::f32;
+
+    void* out = nullptr;
+    DType out_dtype = DType::f32;
+    std::int64_t out_stride = 0;
+    int threads = 1;
+};
+
+// The same forward for a few rows: weights are read once, along their rows, and nothing is packed.
+struct Skinny {
+    std::int64_t rows = 0, cols = 0, depth = 0;  // M, N, K
+    Operand x;                                   // (M, K), unit stride along K
+    Operand weight;                              // (N, K), unit stride along K
+    const float* col_scale = nullptr;
+    const void* bias = nullptr;
+    DType bias_dtype = DType::f32;
+    std::int64_t rank = 0;
+    const float* S = nullptr;  // (M, r), dense
+    Operand B;                 // (N, r), unit stride along r
+    float scaling = 0.0f;
+    void* out = nullptr;
+    DType out_dtype = DType::f32;
+    std::int64_t out_stride = 0;
+    int threads = 1;
+};
+
+// Row-wise int8: w[n, k] = q[n, k] scale[n].
+struct QuantizeRows {
+    std::int64_t rows = 0, cols = 0;
+    const void* w = nullptr;
+    DType w_dtype = DType::f32;
+    std::int64_t w_stride = 0;
+    std::int8_t* q = nullptr;
+    std::int64_t q_stride = 0;
+    float* scale = nullptr;  // a row that holds a NaN or Inf gets the scale NaN
+    int threads = 1;
+};
+
+struct DequantizeRows {
+    std::int64_t rows = 0, cols = 0;
+    const std::int8_t* q = nullptr;
+    std::int64_t q_stride = 0;
+    const float* scale = nullptr;  // null: the integers themselves
+    void* out = nullptr;
+    DType out_dtype = DType::f32;
+    std::int64_t out_stride = 0;
+    int threads = 1;
+};
+
+struct Kernels {
+    const char* isa;
+    void (*gemm)(const Gemm&);
+    void (*skinny)(const Skinny&);
+    void (*quantize_rows)(const QuantizeRows&);
+    void (*dequantize_rows)(const DequantizeRows&);
+};
+
+}  // namespace pyadapt::cpu

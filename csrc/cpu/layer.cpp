@@ -1,0 +1,271 @@
+#include "layer.hpp"
+
+#include <string>
+#include <vector>
+
+#include "../core/checks.hpp"
+#include "../core/error.hpp"
+#include "dispatch.hpp"
+
+namespace pyadapt::cpu {
+namespace {
+
+// A matrix whose rows are the product's rows, and one whose columns are.
+Operand rows_of(const Tensor& t) {
+    return {t.data, t.dtype, t.strides[0], t.strides[1], t.strides[1] == 1, nullptr, nullptr};
+}
+Operand columns_of(const Tensor& t) {
+    return {t.data, t.dtype, t.strides[1], t.strides[0], t.strides[1] != 1, nullptr, nullptr};
+}
+
+Operand dropped(Operand operand, const Dropout& dropout) {
+    if (dropout.threshold) operand.dropout = &dropout;
+    return operand;
+}
+
+const float* scale_of(const Weight& weight) {
+    return weight.scale ? static_cast<const float*>(weight.scale->data) : nullptr;
+}
+
+Gemm product_into(const Tensor& out, const Operand& left, const Operand& right, std::int64_t depth, int threads) {
+    Gemm product;
+    product.rows = out.sizes[0];
+    product.cols = out.sizes[1];
+    product.depth = depth;
+    product.left = left;
+    product.right = right;
+    product.out = out.data;
+    product.out_dtype = out.dtype;
+    product.out_stride = out.strides[0];
+    product.threads = threads;
+    return product;
+}
+
+void add_epilogue(Gemm& product, const Weight& weight) {
+    product.col_scale = scale_of(weight);
+    if (!weight.bias) return;
+    product.bias = weight.bias->data;
+    product.bias_dtype = weight.bias->dtype;
+}
+
+void add_low_rank(Gemm& product, const Tensor& S, const Adapter& adapter) {
+    product.rank = S.sizes[1];
+    product.low_left = rows_of(S);
+    product.low_right = rows_of(*adapter.B);
+    product.low_alpha = static_cast<float>(adapter.scaling);
+}
+
+void add_low_rank_dx(Gemm& product, const Tensor& dS, const Adapter& adapter) {
+    product.rank = dS.sizes[1];
+    product.low_left = rows_of(dS);
+    product.low_right = columns_of(*adapter.A);
+    product.low_dropout = &adapter.dropout;
+}
+
+Gemm forward_product(const Tensor& x, const Weight& weight, const Tensor& y, int threads) {
+    Gemm product = product_into(y, rows_of(x), rows_of(*weight.values), x.sizes[1], threads);
+    add_epilogue(product, weight);
+    return product;
+}
+
+// The row scale of an int8 weight lies on the axis that dx sums over: it goes into g as g is packed.
+Gemm dx_product(const Tensor& g, const Weight& weight, const Tensor& dx, int threads) {
+    Gemm product = product_into(dx, rows_of(g), columns_of(*weight.values), g.sizes[1], threads);
+    product.left.depth_scale = scale_of(weight);
+    return product;
+}
+
+Skinny skinny_layer(const Tensor& x, const Weight& weight, const Tensor& y, int threads) {
+    Skinny layer;
+    layer.rows = y.sizes[0];
+    layer.cols = y.sizes[1];
+    layer.depth = x.sizes[1];
+    layer.x = rows_of(x);
+    layer.weight = rows_of(*weight.values);
+    layer.col_scale = scale_of(weight);
+    if (weight.bias) {
+        layer.bias = weight.bias->data;
+        layer.bias_dtype = weight.bias->dtype;
+    }
+    layer.out = y.data;
+    layer.out_dtype = y.dtype;
+    layer.out_stride = y.strides[0];
+    layer.threads = threads;
+    return layer;
+}
+
+// --- checks ---
+
+void check_weight(const Weight& weight, std::int64_t N, std::int64_t K) {
+    check_shape(*weight.values, {"N", N}, {"K", K});
+    check_rows_or_columns(*weight.values);
+    const bool int8 = weight.values->dtype == DType::i8;
+    if (!int8) check_floating(*weight.values);
+    if (int8 != (weight.scale != nullptr))
+        throw ValueError(int8 ? "weight is int8 but weight_scale is None; wanted a float32 scale for each output row"
+                              : std::string("weight_scale is given for a ") + name_of(weight.values->dtype) +
+                                    " weight; wanted None, or an int8 weight");
+}
+
+void check_per_output(const Weight& weight, std::int64_t N) {
+    if (weight.scale) {
+        check_shape(*weight.scale, {"N", N});
+        check_dtype(*weight.scale, DType::f32);
+        check_rows(*weight.scale);
+    }
+    if (weight.bias) {
+        check_shape(*weight.bias, {"N", N});
+        check_floating(*weight.bias);
+        check_rows(*weight.bias);
+    }
+}
+
+void check_matrix(const Tensor& tensor, Extent rows, Extent cols) {
+    check_shape(tensor, rows, cols);
+    check_floating(tensor);
+    check_rows(tensor);
+}
+
+void check_result(const Tensor& tensor, Extent rows, Extent cols) {
+    check_shape(tensor, rows, cols);
+    check_floating(tensor);
+    check_output(tensor);
+}
+
+void check_two_dimensional(const Tensor& tensor) {
+    if (tensor.dims != 2) throw ValueError(std::string(tensor.name) + " is one-dimensional; wanted two dimensions");
+}
+
+}  // namespace
+
+void linear_forward(const Tensor& x, const Weight& weight, const Tensor& y, bool skinny, int threads) {
+    check_two_dimensional(x);
+    check_two_dimensional(*weight.values);
+    const std::int64_t M = x.sizes[0], K = x.sizes[1], N = weight.values->sizes[0];
+    check_matrix(x, {"M", M}, {"K", K});
+    check_weight(weight, N, K);
+    check_per_output(weight, N);
+    check_result(y, {"M", M}, {"N", N});
+    if (skinny && weight.values->strides[1] == 1) return kernels().skinny(skinny_layer(x, weight, y, threads));
+    kernels().gemm(forward_product(x, weight, y, threads));
+}
+
+void linear_dx(const Tensor& g, const Weight& weight, const Tensor& dx, int threads) {
+    check_two_dimensional(g);
+    check_two_dimensional(*weight.values);
+    const std::int64_t M = g.sizes[0], N = g.sizes[1], K = weight.values->sizes[1];
+    check_matrix(g, {"M", M}, {"N", N});
+    check_weight(weight, N, K);
+    check_per_output(weight, N);
+    check_result(dx, {"M", M}, {"K", K});
+    kernels().gemm(dx_product(g, weight, dx, threads));
+}
+
+void lora_shrink(const Tensor& x, const Adapter& adapter, const Tensor& S, int threads) {
+    check_two_dimensional(x);
+    check_two_dimensional(*adapter.A);
+    const std::int64_t M = x.sizes[0], K = x.sizes[1], r = adapter.A->sizes[0];
+    check_matrix(x, {"M", M}, {"K", K});
+    check_matrix(*adapter.A, {"r", r}, {"K", K});
+    check_result(S, {"M", M}, {"r", r});
+    check_dtype(S, DType::f32);
+    kernels().gemm(product_into(S, dropped(rows_of(x), adapter.dropout), rows_of(*adapter.A), K, threads));
+}
+
+void lora_forward(const Tensor& x, const Weight& weight, const Adapter& adapter, const Tensor& y, const Tensor& S,
+                  bool skinny, int threads) {
+    check_two_dimensional(x);
+    check_two_dimensional(*weight.values);
+    check_two_dimensional(S);
+    const std::int64_t M = x.sizes[0], K = x.sizes[1], N = weight.values->sizes[0], r = S.sizes[1];
+    check_weight(weight, N, K);
+    check_per_output(weight, N);
+    check_matrix(*adapter.B, {"N", N}, {"r", r});
+    check_result(y, {"M", M}, {"N", N});
+    lora_shrink(x, adapter, S, threads);
+    if (skinny && weight.values->strides[1] == 1 && (S.strides[0] == r || M <= 1)) {
+        Skinny layer = skinny_layer(x, weight, y, threads);
+        layer.rank = r;
+        layer.S = static_cast<const float*>(S.data);
+        layer.B = rows_of(*adapter.B);
+        layer.scaling = static_cast<float>(adapter.scaling);
+        return kernels().skinny(layer);
+    }
+    Gemm product = forward_product(x, weight, y, threads);
+    add_low_rank(product, S, adapter);
+    kernels().gemm(product);
+}
+
+void lora_expand(const Tensor& S, const Adapter& adapter, const Weight& weight, const Tensor& y, int threads) {
+    check_two_dimensional(S);
+    check_two_dimensional(*adapter.B);
+    const std::int64_t M = S.sizes[0], r = S.sizes[1], N = adapter.B->sizes[0];
+    check_matrix(S, {"M", M}, {"r", r});
+    check_matrix(*adapter.B, {"N", N}, {"r", r});
+    check_per_output(weight, N);
+    check_result(y, {"M", M}, {"N", N});
+    Gemm product = product_into(y, Operand{}, Operand{}, 0, threads);
+    product.add_out = true;
+    add_epilogue(product, weight);
+    add_low_rank(product, S, adapter);
+    kernels().gemm(product);
+}
+
+void lora_gradients(const Tensor& g, const Tensor& x, const Adapter& adapter, const Tensor& S, const Tensor& dS,
+                    const Tensor& dA, const Tensor& dB, int threads) {
+    check_two_dimensional(x);
+    check_two_dimensional(g);
+    check_two_dimensional(*adapter.A);
+    const std::int64_t M = x.sizes[0], K = x.sizes[1], N = g.sizes[1], r = adapter.A->sizes[0];
+    check_matrix(g, {"M", M}, {"N", N});
+    check_matrix(x, {"M", M}, {"K", K});
+    check_matrix(*adapter.A, {"r", r}, {"K", K});
+    check_matrix(*adapter.B, {"N", N}, {"r", r});
+    check_matrix(S, {"M", M}, {"r", r});
+    check_result(dS, {"M", M}, {"r", r});
+    check_result(dA, {"r", r}, {"K", K});
+    check_result(dB, {"N", N}, {"r", r});
+
+    Gemm product = product_into(dS, rows_of(g), columns_of(*adapter.B), N, threads);
+    product.alpha = static_cast<float>(adapter.scaling);
+    kernels().gemm(product);
+
+    product = product_into(dB, columns_of(g), columns_of(S), M, threads);
+    product.alpha = static_cast<float>(adapter.scaling);
+    kernels().gemm(product);
+
+    kernels().gemm(product_into(dA, columns_of(dS), dropped(columns_of(x), adapter.dropout), M, threads));
+}
+
+void lora_expand_dx(const Tensor& dS, const Adapter& adapter, const Tensor& dx, int threads) {
+    check_two_dimensional(dS);
+    check_two_dimensional(*adapter.A);
+    const std::int64_t M = dS.sizes[0], r = dS.sizes[1], K = adapter.A->sizes[1];
+    check_matrix(dS, {"M", M}, {"r", r});
+    check_matrix(*adapter.A, {"r", r}, {"K", K});
+    check_result(dx, {"M", M}, {"K", K});
+    Gemm product = product_into(dx, Operand{}, Operand{}, 0, threads);
+    product.add_out = true;
+    add_low_rank_dx(product, dS, adapter);
+    kernels().gemm(product);
+}
+
+void lora_backward(const Tensor& g, const Tensor& x, const Weight& weight, const Adapter& adapter, const Tensor& S,
+                   const Tensor* dx, const Tensor& dA, const Tensor& dB, int threads) {
+    check_two_dimensional(g);
+    check_two_dimensional(x);
+    const std::int64_t M = g.sizes[0], N = g.sizes[1], K = x.sizes[1], r = adapter.A->sizes[0];
+    check_weight(weight, N, K);
+    check_per_output(weight, N);
+    if (dx) check_result(*dx, {"M", M}, {"K", K});
+
+    std::vector<float> memory(static_cast<std::size_t>(M * r));
+    const Tensor dS = {"dS", memory.data(), DType::f32, 2, {M, r}, {r, 1}};
+    lora_gradients(g, x, adapter, S, dS, dA, dB, threads);
+    if (!dx) return;
+    Gemm product = dx_product(g, weight, *dx, threads);
+    add_low_rank_dx(product, dS, adapter);
+    kernels().gemm(product);
+}
+
+}  // namespace pyadapt::cpu

@@ -1,0 +1,17 @@
+// The kernel table of one instruction set.
+#include "kernels.hpp"
+
+#define PYADAPT_TEXT_OF(name) #name
+#define PYADAPT_TEXT(name) PYADAPT_TEXT_OF(name)
+
+namespace pyadapt::cpu::PYADAPT_ISA {
+
+void gemm(const Gemm&);
+void skinny(const Skinny&);
+void quantize_rows(const QuantizeRows&);
+void dequantize_rows(const DequantizeRows&);
+
+extern const Kernels kernels;
+const Kernels kernels = {PYADAPT_TEXT(PYADAPT_ISA), gemm, skinny, quantize_rows, dequantize_rows};
+
+}  // namespace pyadapt::cpu::PYADAPT_ISA

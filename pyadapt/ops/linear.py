@@ -1,0 +1,114 @@
+"""The frozen layer alone: y = x W' scale + bias and dx = g W, with W in 16 or 32 bits or int8.
+
+Shapes: x (M, K), weight (N, K), weight_scale (N,) for int8 weights, bias (N,), g (M, N).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import kernels, panels, registry, routes
+
+
+class FrozenOwner(Protocol):
+    """A module that hands out its frozen weight. Read again in backward, never kept."""
+
+    def operands(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """(weight (N, K), its scale (N,) or None, bias (N,) or None)."""
+        ...
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """Products are summed in fp32, in fp64 for fp64 input."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def dense(weight: Tensor, weight_scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """W in a floating dtype, the scale of an int8 weight multiplied in."""
+    W = weight.to(dtype)
+    return W if weight_scale is None else W * weight_scale.to(dtype)[:, None]
+
+
+def linear_forward_reference(
+    x: Tensor, weight: Tensor, weight_scale: Tensor | None, bias: Tensor | None, out_dtype: torch.dtype
+) -> Tensor:
+    """y = x W' scale + bias in plain torch."""
+    dtype = compute_dtype(x)
+    with torch.autocast(x.device.type, enabled=False):
+        y = x.to(dtype) @ dense(weight, weight_scale, dtype).t()
+        if bias is not None:
+            y = y + bias.to(dtype)
+        return y.to(out_dtype)
+
+
+def linear_dx_reference(g: Tensor, weight: Tensor, weight_scale: Tensor | None, x_dtype: torch.dtype) -> Tensor:
+    """dx = g W in plain torch."""
+    dtype = compute_dtype(g)
+    with torch.autocast(g.device.type, enabled=False):
+        return (g.to(dtype) @ dense(weight, weight_scale, dtype)).to(x_dtype)
+
+
+_FORWARD: dict[str, Callable[..., Any]] = {
+    "fused": kernels.linear_forward,
+    "skinny": functools.partial(kernels.linear_forward, skinny=True),
+    "library": panels.linear_forward,
+    "reference": linear_forward_reference,
+}
+_DX: dict[str, Callable[..., Tensor]] = {
+    "fused": kernels.linear_dx,
+    "library": panels.linear_dx,
+    "reference": linear_dx_reference,
+}
+
+
+def _linear_forward(
+    x: Tensor, weight: Tensor, weight_scale: Tensor | None, bias: Tensor | None, out_dtype: torch.dtype
+) -> Tensor:
+    route = routes.choose("forward", x, weight, 0, out_dtype)
+    return _FORWARD[route](x, weight, weight_scale, bias, out_dtype)
+
+
+def _linear_dx(g: Tensor, weight: Tensor, weight_scale: Tensor | None, x_dtype: torch.dtype) -> Tensor:
+    return _DX[routes.choose("backward", g, weight, 0, x_dtype)](g, weight, weight_scale, x_dtype)
+
+
+registry.define(
+    "linear_forward(Tensor x, Tensor weight, Tensor? weight_scale, Tensor? bias, ScalarType out_dtype) -> Tensor",
+    _linear_forward,
+    fake=lambda x, weight, weight_scale, bias, out_dtype: x.new_empty((x.shape[0], weight.shape[0]), dtype=out_dtype),
+)
+registry.define(
+    "linear_dx(Tensor g, Tensor weight, Tensor? weight_scale, ScalarType x_dtype) -> Tensor",
+    _linear_dx,
+    fake=lambda g, weight, weight_scale, x_dtype: g.new_empty((g.shape[0], weight.shape[1]), dtype=x_dtype),
+)
+
+
+class FrozenLinear(torch.autograd.Function):
+    """A frozen linear layer over any leading dimensions: saves nothing, reads W again in backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, owner: FrozenOwner, out_dtype: torch.dtype) -> Tensor:
+        """y (..., N) for x (..., K)."""
+        weight, weight_scale, bias = owner.operands()
+        rows = x.reshape(-1, x.shape[-1])
+        y = torch.ops.pyadapt.linear_forward(rows, weight, weight_scale, bias, out_dtype)
+        ctx.owner, ctx.x_dtype = owner, x.dtype
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, None, None]:
+        """dx = g W."""
+        if not ctx.needs_input_grad[0]:
+            return None, None, None
+        weight, weight_scale, _ = ctx.owner.operands()
+        rows = g.reshape(-1, g.shape[-1])
+        dx = torch.ops.pyadapt.linear_dx(rows, weight, weight_scale, ctx.x_dtype)
+        return dx.view(*g.shape[:-1], dx.shape[-1]), None, None

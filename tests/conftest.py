@@ -1,0 +1,27 @@
+"""What every test shares: no network, quiet libraries, one thread a worker, one seed a test."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+# Nothing in the tests may look for anything on the network.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("ACCELERATE_USE_CPU", "true")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_configure(config):
+    """Without the native extension the plain-torch reference serves, and says so once; results are the same."""
+    config.addinivalue_line("filterwarnings", "ignore:pyadapt's native kernels:RuntimeWarning")
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    """Each test starts from the same random state, alone or in any order."""
+    import torch
+
+    torch.manual_seed(1234)

@@ -1,0 +1,21 @@
+"""Tiny random models of real architectures, and what the tests compare them by."""
+
+from __future__ import annotations
+
+from .compare import copy_adapter_to_peft, peft_key, peft_twin, snapshot
+from .closeness import assert_near
+from .families import ALL, FAMILIES, Family, build, model_batch, plain_module
+
+__all__ = [
+    "ALL",
+    "FAMILIES",
+    "Family",
+    "assert_near",
+    "build",
+    "copy_adapter_to_peft",
+    "model_batch",
+    "peft_key",
+    "peft_twin",
+    "plain_module",
+    "snapshot",
+]

@@ -1,0 +1,120 @@
+"""The route table: what serves which case, how it is forced, and that it can be printed."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+from ops.test_native import run_python
+from pyadapt.ops import routes
+
+F32, BF16, I8, F64 = torch.float32, torch.bfloat16, torch.int8, torch.float64
+
+# A machine with native kernels and no bf16 instructions, in the middle of a training step.
+USUAL = routes.Case(
+    op="forward",
+    device="cpu",
+    x=BF16,
+    weight=BF16,
+    others=(F32,),
+    weight_rows=True,
+    M=512,
+    N=2048,
+    K=2048,
+    r=16,
+    isa="avx2",
+    library_bf16=False,
+)
+
+
+@pytest.mark.parametrize(
+    ("change", "route"),
+    [
+        ({}, "fused"),
+        ({"x": F64, "weight": F64}, "reference"),
+        ({"others": (F64,)}, "reference"),
+        ({"x": torch.complex64}, "reference"),
+        ({"device": "cuda"}, "library"),
+        ({"device": "cuda", "weight": I8}, "library"),
+        ({"device": "cuda", "x": F32, "weight": F32}, "reference"),
+        ({"isa": None}, "reference"),
+        ({"isa": None, "library_bf16": True}, "library"),
+        ({"isa": None, "library_bf16": True, "weight": F32}, "reference"),
+        ({"M": 32}, "skinny"),
+        ({"M": 32, "weight": I8}, "skinny"),
+        ({"M": 32, "weight_rows": False}, "fused"),
+        ({"M": 32, "op": "backward"}, "fused"),
+        ({"M": 33}, "fused"),
+        ({"library_bf16": True}, "library"),
+        ({"library_bf16": True, "weight": I8}, "library"),
+        ({"library_bf16": True, "weight": F32}, "fused"),
+        ({"library_bf16": True, "x": F32, "weight": F32}, "fused"),
+        ({"library_bf16": True, "M": 40}, "fused"),
+        ({"library_bf16": True, "M": 8}, "skinny"),
+    ],
+    ids=str,
+)
+def test_table(change, route):
+    case = replace(USUAL, **change)
+    rule = routes.explain(case)
+    assert rule.route == route
+    assert rule.reason
+    assert case.can(route)
+
+
+def test_the_table_prints():
+    rows = routes.table()
+    assert {route for route, _ in rows} == {"fused", "skinny", "library", "reference"}
+    assert all(reason for _, reason in rows)
+
+
+@pytest.mark.usefixtures("needs_native")
+def test_forcing():
+    x, weight = torch.zeros(50, 8, dtype=BF16), torch.zeros(6, 8, dtype=BF16)
+    for route in routes.FORCIBLE:
+        with routes.forced(route):
+            assert routes.choose("forward", x, weight, 4, F32) == route
+    # Where the forced route cannot serve, the table decides.
+    with routes.forced("library"):
+        assert routes.choose("forward", x, weight.float(), 4, F32) == "fused"
+    with routes.forced("fused"):
+        assert routes.choose("forward", x.double(), weight.double(), 4, F64) == "reference"
+
+
+def test_unknown_route():
+    with pytest.raises(ValueError, match=r"'fast'.*fused, library, reference"), routes.forced("fast"):
+        pass
+
+
+CHOOSE = """
+import torch
+from pyadapt.ops import routes
+print(routes.choose("forward", torch.zeros(50, 8), torch.zeros(6, 8), 0))
+"""
+
+
+def test_environment():
+    assert run_python(CHOOSE, PYADAPT_ROUTE="library").stdout.strip() == "library"
+    done = run_python(CHOOSE, PYADAPT_ROUTE="fast")
+    assert done.returncode != 0
+    assert "PYADAPT_ROUTE is 'fast'" in done.stderr
+
+
+def test_without_native_kernels_the_library_route_is_right():
+    code = """
+import torch
+from ops.oracle import make_layer
+from ops.test_lora import check
+from pyadapt import native
+from pyadapt.ops import routes
+assert not native.available()
+for dtype in (torch.bfloat16, torch.int8):
+    with routes.forced("library"):
+        check(make_layer(40, 70, 45, 5, torch.bfloat16, dtype).with_dropout(0.3))
+print("right")
+"""
+    path = next(p for p in sys.path if p.endswith("tests"))
+    assert run_python(code, PYADAPT_NATIVE="0", PYTHONPATH=path).stdout.strip() == "right"
