@@ -45,10 +45,14 @@ def attach(model: nn.Module, plan: Plan, name: str) -> None:
         unit = plan.method.make_unit(plan.config, row.path, base, layer, _home_of(layer), adapter_dtype_of(layer))
         units.append((layer, base, unit.train(layer.training)))
     copies = [(module, _trainable_copy(module)) for module in map(model.get_submodule, plan.saved)]
-    for layer, base, unit in units:
-        add_unit(layer, base, name, unit)
-    for module, clone in copies:
-        add_copy(module, name, clone)
+    try:
+        for layer, base, unit in units:
+            add_unit(layer, base, name, unit)
+        for module, clone in copies:
+            add_copy(module, name, clone)
+    except BaseException:
+        detach(model, name)
+        raise
 
 
 def detach(model: nn.Module, name: str) -> None:

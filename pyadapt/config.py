@@ -157,6 +157,8 @@ def as_config(config: Any) -> AdapterConfig:
     if isinstance(config, (str, os.PathLike)):
         name = os.fspath(config)
         return AdapterConfig.from_yaml(name) if name.endswith((".yaml", ".yml")) else AdapterConfig.from_json(name)
+    if isinstance(config, type):
+        raise TypeError(f"a configuration is a pyadapt or peft config, a dict or a path; {config.__name__} is a class")
     if hasattr(config, "peft_type") and hasattr(config, "to_dict"):
         return AdapterConfig.from_peft(config)
     raise TypeError(f"a configuration is a pyadapt or peft config, a dict or a path, not {type(config).__name__}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .base import base_of
 from .base.dense import Dense
@@ -46,7 +46,7 @@ def quantize(model: nn.Module, scheme: str = "int8", skip: Iterable[str] | None 
     for path in paths:
         layer = model.get_submodule(path)
         check_adoptable(path, layer)
-        if not bool(torch.isfinite(Dense.operands(layer).weight).all()):
+        if not _is_finite(Dense.operands(layer).weight):
             raise ValueError(
                 f"{path}.weight holds a NaN or an infinity and cannot be quantised; the model is unchanged"
             )
@@ -84,6 +84,14 @@ def _remember_quantization(model: nn.Module, skip: list[str] | None) -> None:
 
     if is_transformers_model(model):
         mark_quantized(model, skip)
+
+
+def _is_finite(weight: Tensor) -> bool:
+    """Whether every value is; without temporaries of the weight's size, which `torch.isfinite(weight)` makes."""
+    if weight.numel() == 0:
+        return True
+    low, high = torch.aminmax(weight.detach())
+    return bool(torch.isfinite(low) & torch.isfinite(high))
 
 
 def _is_in(name: str, path: str) -> bool:

@@ -9,7 +9,7 @@ from models import FAMILIES, assert_near, build, copy_adapter_to_peft, model_bat
 import pyadapt
 from pyadapt import LoraConfig
 
-SECOND = dict(r=2, lora_alpha=5, target_modules=["k_proj", "v_proj"], init_lora_weights=False)
+SECOND = {"r": 2, "lora_alpha": 5, "target_modules": ["k_proj", "v_proj"], "init_lora_weights": False}
 
 
 @pytest.fixture
@@ -173,14 +173,19 @@ def test_names_that_are_taken(model, tmp_path):
         lambda: pyadapt.wrap(model, LoraConfig()),
         lambda: pyadapt.load(model, tmp_path, "second"),
     ):
-        with pytest.raises(ValueError, match="there is an adapter called '(second|default)' already"):
+        with pytest.raises(ValueError, match=r"there is an adapter called '(second|default)' already"):
             attempt()
         assert snapshot(model) == before
 
 
 def test_unknown_names(model):
     before = snapshot(model)
-    for attempt in (model.set_adapter, model.delete_adapter, model.get_adapter_state_dict, lambda n: model.merge_adapter([n])):
+    for attempt in (
+        model.set_adapter,
+        model.delete_adapter,
+        model.get_adapter_state_dict,
+        lambda n: model.merge_adapter([n]),
+    ):
         with pytest.raises(ValueError, match="no adapter is called 'nobody'; there are 'default', 'second'"):
             attempt("nobody")
     for attempt in (model.set_adapter, model.delete_adapter):

@@ -12,6 +12,8 @@ from models import assert_near, build, model_batch
 import pyadapt
 from pyadapt import LoraConfig
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def _fresh():
@@ -32,11 +34,12 @@ def step(model, batch):
     torch.manual_seed(0)
     loss = model(**batch).loss
     loss.backward()
-    return loss.detach(), {name.removeprefix("_orig_mod."): p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return loss.detach(), {
+        name.removeprefix("_orig_mod."): p.grad for name, p in model.named_parameters() if p.grad is not None
+    }
 
 
-@pytest.mark.parametrize("quantised", [False, True], ids=["dense", "int8"])
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("backend", "quantised"), [("aot_eager", False), ("aot_eager", True), ("inductor", False)])
 def test_fullgraph_gives_the_loss_and_gradients_of_eager(backend, quantised):
     model = wrapped(quantised)
     eager = copy.deepcopy(model)

@@ -174,7 +174,9 @@ def test_in_shards(tmp_path):
 def test_plain_module(tmp_path):
     model = plain_module()
     keys = set(model.state_dict())
-    pyadapt.wrap(model, LoraConfig(target_modules=["encoder.0"], modules_to_save=["classifier"], init_lora_weights=False))
+    pyadapt.wrap(
+        model, LoraConfig(target_modules=["encoder.0"], modules_to_save=["classifier"], init_lora_weights=False)
+    )
     with torch.no_grad():
         model.classifier.copies["default"].bias.add_(1)
     x = torch.randn(4, 7)

@@ -153,15 +153,15 @@ def test_config_is_no_json(folder, text):
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
-        (dict(peft_type="UNHEARD_OF"), "peft_type 'UNHEARD_OF' is not one of"),
-        (dict(r=0), "r=0"),
-        (dict(r="8"), "r='8'"),
-        (dict(use_dora=True), "use_dora=True"),
-        (dict(lora_rank=3), "no key 'lora_rank'"),
-        (dict(task_type="SING"), "task_type='SING'"),
-        (dict(target_modules=["nowhere"]), "no module is named 'nowhere'"),
-        (dict(target_modules=[]), "target_modules"),
-        (dict(r=5), "misshapen"),
+        ({"peft_type": "UNHEARD_OF"}, "peft_type 'UNHEARD_OF' is not one of"),
+        ({"r": 0}, "r=0"),
+        ({"r": "8"}, "r='8'"),
+        ({"use_dora": True}, "use_dora=True"),
+        ({"lora_rank": 3}, "no key 'lora_rank'"),
+        ({"task_type": "SING"}, "task_type='SING'"),
+        ({"target_modules": ["nowhere"]}, "no module is named 'nowhere'"),
+        ({"target_modules": []}, "target_modules"),
+        ({"r": 5}, "misshapen"),
     ],
     ids=str,
 )
@@ -256,7 +256,7 @@ def test_tensors_without_values_are_not_saved(tmp_path):
 
 def test_a_gathered_state_dict_that_lacks_something(tmp_path):
     model = pyadapt.wrap(build("llama"), LoraConfig())
-    with pytest.raises(AdapterFileError, match="lacks model.layers.0"):
+    with pytest.raises(AdapterFileError, match=r"lacks model\.layers\.0"):
         model.save_pretrained(tmp_path, state_dict={})
 
 

@@ -18,20 +18,26 @@ from pyadapt import LoraConfig
 # Options of every kind that change keys, shapes or scalings.
 VARIANTS = {
     "default": {},
-    "all-linear": dict(target_modules="all-linear"),
-    "patterns": dict(r=6, rank_pattern={"first": 3}, alpha_pattern={"first": 5}, use_rslora=True),
-    "one block": dict(layers_to_transform=[1]),
-    "head": dict(modules_to_save=["head"]),
+    "all-linear": {"target_modules": "all-linear"},
+    "patterns": {"r": 6, "rank_pattern": {"first": 3}, "alpha_pattern": {"first": 5}, "use_rslora": True},
+    "one block": {"layers_to_transform": [1]},
+    "head": {"modules_to_save": ["head"]},
 }
 
 
 def config_of(name, variant):
     """Keyword arguments for LoraConfig of either library, with the family's own names put in."""
     family = FAMILIES[name]
-    config = {"r": 4, "lora_alpha": 6, "target_modules": list(family.targets), "task_type": family.task, **VARIANTS[variant]}
+    config = {
+        "r": 4,
+        "lora_alpha": 6,
+        "target_modules": list(family.targets),
+        "task_type": family.task,
+        **VARIANTS[variant],
+    }
     for option in ("rank_pattern", "alpha_pattern"):
         if option in config:
-            config[option] = {family.targets[0]: value for value in config[option].values()}
+            config[option] = {family.targets[0]: config[option]["first"]}
     if variant == "head":
         config["modules_to_save"] = [family.head or "lm_head"]
     return config
@@ -155,7 +161,9 @@ def test_several_adapters_and_other_names(tmp_path):
     model.add_adapter("second", LoraConfig(r=2, target_modules=["k_proj"], init_lora_weights=False))
     model.save_pretrained(tmp_path)
     assert sorted(os.listdir(tmp_path)) == ["README.md", "adapter_config.json", "adapter_model.safetensors", "second"]
-    assert not any("default" in key or "second" in key for key in load_file(tmp_path / "second" / "adapter_model.safetensors"))
+    assert not any(
+        "default" in key or "second" in key for key in load_file(tmp_path / "second" / "adapter_model.safetensors")
+    )
     batch = model_batch("llama")
     twin = peft.PeftModel.from_pretrained(build("llama"), tmp_path)
     twin.load_adapter(os.fspath(tmp_path / "second"), "second")
@@ -214,7 +222,8 @@ def test_plain_module_round_trip_with_peft(tmp_path):
     import peft
 
     model = pyadapt.wrap(
-        plain_module(), LoraConfig(target_modules=["encoder.0"], modules_to_save=["classifier"], init_lora_weights=False)
+        plain_module(),
+        LoraConfig(target_modules=["encoder.0"], modules_to_save=["classifier"], init_lora_weights=False),
     )
     model.save_pretrained(tmp_path)
     x = torch.randn(3, 7)

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-import logging
-
 import pytest
 import torch
-from models import ALL, FAMILIES, assert_near, build, copy_adapter_to_peft, model_batch, peft_twin, plain_module, snapshot
+from models import (
+    ALL,
+    FAMILIES,
+    assert_near,
+    build,
+    copy_adapter_to_peft,
+    model_batch,
+    peft_twin,
+    plain_module,
+    snapshot,
+)
 from torch import nn
 
 import pyadapt
@@ -20,7 +28,7 @@ def wrapped(name, base="fp32", targets=None, quantised=False):
     model = build(name, dtype=BASES[base])
     if quantised:
         pyadapt.quantize(model)
-    config = dict(target_modules=targets, task_type=FAMILIES[name].task, init_lora_weights=False, r=4)
+    config = {"target_modules": targets, "task_type": FAMILIES[name].task, "init_lora_weights": False, "r": 4}
     pyadapt.wrap(model, LoraConfig(**config))
     with torch.no_grad():
         for parameter in model.parameters():
@@ -32,7 +40,9 @@ def wrapped(name, base="fp32", targets=None, quantised=False):
 def logits(model, name):
     batch = model_batch(name)
     if name == "vit":
-        batch["pixel_values"] = batch["pixel_values"].to(next(p for p in model.parameters() if p.is_floating_point()).dtype)
+        batch["pixel_values"] = batch["pixel_values"].to(
+            next(p for p in model.parameters() if p.is_floating_point()).dtype
+        )
     return model(**batch).logits.detach()
 
 
@@ -242,7 +252,9 @@ def test_modules_to_save_answer_while_merged():
 def test_a_trained_head_that_is_tied_to_the_embedding(name, tmp_path):
     """Merging must not write the trained head into the embedding that shares its storage."""
     model = build(name)
-    config = LoraConfig(target_modules=list(FAMILIES[name].targets), modules_to_save=["lm_head"], init_lora_weights=False)
+    config = LoraConfig(
+        target_modules=list(FAMILIES[name].targets), modules_to_save=["lm_head"], init_lora_weights=False
+    )
     pyadapt.wrap(model, config)
     with torch.no_grad():
         model.lm_head.copies["default"].weight.add_(torch.randn(67, 24))
@@ -257,7 +269,9 @@ def test_a_trained_head_that_is_tied_to_the_embedding(name, tmp_path):
 
 def test_plain_module():
     model = plain_module()
-    pyadapt.wrap(model, LoraConfig(target_modules="all-linear", modules_to_save=["classifier"], init_lora_weights=False))
+    pyadapt.wrap(
+        model, LoraConfig(target_modules="all-linear", modules_to_save=["classifier"], init_lora_weights=False)
+    )
     x = torch.randn(4, 7)
     expected = model(x)
     merged = pyadapt.merge(model)
@@ -268,56 +282,3 @@ def test_plain_module():
 def test_not_wrapped():
     with pytest.raises(ValueError, match="cannot merge: this LlamaForCausalLM carries no adapters"):
         pyadapt.merge(build("llama"))
-
-
-# --- what int8 weights are merged into ----------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_from_the_original_weights(name, tmp_path, caplog):
-    build(name).save_pretrained(tmp_path)
-    model, dense = wrapped(name, quantised=True), wrapped(name)
-    for (key, ours), (_, theirs) in zip(
-        model.get_adapter_state_dict().items(), dense.get_adapter_state_dict().items(), strict=True
-    ):
-        with torch.no_grad():
-            assert ours.shape == theirs.shape, key
-            theirs.copy_(ours)
-    exact = pyadapt.merge(dense).state_dict()
-    with caplog.at_level(logging.INFO, logger="pyadapt"):
-        merged = pyadapt.merge(model, original=tmp_path)
-    assert "merged from original weights" in caplog.text
-    assert set(merged.merge_report.sources.values()) == {"original weights"}
-    for key, value in merged.state_dict().items():
-        assert_near(value, exact[key], "merged")
-
-
-def test_from_dequantised_weights_is_said(caplog):
-    model = wrapped("llama", quantised=True)
-    with caplog.at_level(logging.INFO, logger="pyadapt"):
-        merged = pyadapt.merge(model)
-    assert "merged from dequantised int8 weights" in caplog.text
-    report = merged.merge_report
-    assert len(report.sources) == FAMILIES["llama"].all_linear_count
-    assert "relative error at most" in str(report)
-    # The estimate is near the true error, which the original weights tell.
-    plain = build("llama")
-    path = "model.layers.0.mlp.up_proj"
-    true, stored = (model.get_submodule(path).weight.detach() for model in (plain, merged))
-    error = float((true - stored).norm() / true.norm())
-    assert report.errors[path] == pytest.approx(error, rel=0.15)
-
-
-def test_dense_weights_are_said():
-    report = pyadapt.merge(wrapped("llama")).merge_report
-    assert str(report).startswith("4 layers merged from dense weights")
-
-
-def test_original_weights_that_are_not_those_of_the_model(tmp_path):
-    model = wrapped("llama", quantised=True)
-    before = snapshot(model)
-    build("bert").save_pretrained(tmp_path / "bert")
-    for path, match in ((tmp_path / "bert", "has no weight model.layers.0"), (tmp_path / "none", "no safetensors")):
-        with pytest.raises(pyadapt.AdapterFileError, match=match):
-            pyadapt.merge(model, original=path)
-        assert snapshot(model) == before

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import os
+import pickle
 import subprocess
 import sys
 
@@ -15,7 +18,14 @@ from torch import nn
 import pyadapt
 from pyadapt import LoraConfig
 
-HEADS = {"llama": "lm_head", "gpt2": "lm_head", "t5": "lm_head", "bert": "classifier", "vit": "classifier", "olmo": "lm_head"}
+HEADS = {
+    "llama": "lm_head",
+    "gpt2": "lm_head",
+    "t5": "lm_head",
+    "bert": "classifier",
+    "vit": "classifier",
+    "olmo": "lm_head",
+}
 
 
 def int8_layers(model):
@@ -93,10 +103,10 @@ def test_the_head_is_left_alone(name):
 
 def test_skip():
     model = pyadapt.quantize(build("llama"), skip=["q_proj", "layers.1"])
-    left = [path for path in int8_layers(model)]
-    assert "lm_head" in left
-    assert not any(path.endswith("q_proj") or ".layers.1." in path for path in left)
-    assert len(left) == 7
+    taken = int8_layers(model)
+    assert "lm_head" in taken
+    assert not any(path.endswith("q_proj") or ".layers.1." in path for path in taken)
+    assert len(taken) == 7
     nothing = pyadapt.quantize(build("llama"), skip=[])
     assert len(int8_layers(nothing)) == FAMILIES["llama"].all_linear_count + 1
     one = pyadapt.quantize(build("llama"), skip="lm_head")
@@ -143,20 +153,20 @@ def test_a_row_of_zeros():
     assert torch.isfinite(model(x)).all()
 
 
-@pytest.mark.parametrize("cast", [lambda m: m.half(), lambda m: m.bfloat16(), lambda m: m.to(torch.float16), lambda m: m.double()], ids="hbfd")
-def test_casts_leave_the_int8_values_and_scales(cast):
-    model = pyadapt.quantize(build("llama"))
-    pyadapt.wrap(model, LoraConfig())
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_casts_leave_the_int8_values_and_scales(dtype):
+    model = pyadapt.quantize(plain_module())
+    pyadapt.wrap(model, LoraConfig(target_modules=["encoder.0"]))
     before = {path: [t.clone() for t in stored(model.get_submodule(path))] for path in int8_layers(model)}
-    cast(model)
+    model.to(dtype)
+    assert model.classifier.weight.dtype == dtype
     for path, tensors in before.items():
-        assert all(torch.equal(now, old) for now, old in zip(stored(model.get_submodule(path)), tensors, strict=True))
+        now = stored(model.get_submodule(path))
+        assert all(torch.equal(new, old) for new, old in zip(now, tensors, strict=True))
+    assert model(torch.randn(2, 7, dtype=dtype)).dtype == dtype
 
 
 def test_deepcopy_and_pickle():
-    import copy
-    import pickle
-
     model, batch = pyadapt.quantize(build("llama")), model_batch("llama")
     expected = model(**batch).logits
     assert torch.equal(copy.deepcopy(model)(**batch).logits, expected)
@@ -188,9 +198,8 @@ def test_saved_and_loaded(name, tmp_path):
     model.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
     assert config["quant_method"] == "pyadapt_int8"
-    path = int8_layers(model)[0]
-    tensors = load_file(tmp_path / "model.safetensors")
-    assert {tensors[f"{path}.weight"].dtype, tensors[f"{path}.weight_scale"].dtype} == {torch.int8, torch.int32}
+    dtypes = [tensor.dtype for tensor in load_file(tmp_path / "model.safetensors").values()]
+    assert dtypes.count(torch.int8) == dtypes.count(torch.int32) == FAMILIES[name].all_linear_count
     again = pyadapt.load_quantized(tmp_path)
     assert type(again) is type(build(name))
     assert int8_layers(again) == int8_layers(model)
@@ -242,7 +251,7 @@ def test_a_quantised_layer_cannot_be_trained_whole():
 
 # --- memory -----------------------------------------------------------------------------------
 
-# Eight layers of 64 MB in a process of its own; the peak is that of the whole process, freed memory given back at once.
+# Four layers of 64 MB in a process of its own; the peak is that of the whole process, freed memory given back at once.
 PEAK = """
 import resource, sys
 import torch
@@ -252,7 +261,7 @@ torch.set_num_threads(1)
 MB = 2**20
 layer_mb = 64
 side = int((layer_mb * MB // 4) ** 0.5)
-model = torch.nn.Sequential(*(torch.nn.Linear(side, side, bias=False, device="meta") for _ in range(8)))
+model = torch.nn.Sequential(*(torch.nn.Linear(side, side, bias=False, device="meta") for _ in range(4)))
 for layer in model:
     layer.weight = torch.nn.Parameter(torch.full((side, side), 0.5), requires_grad=False)
 # Everything that is loaded at first use is loaded now.
@@ -267,14 +276,12 @@ print(before, after, resident)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the peak memory of a process as Linux keeps it")
-def test_peak_memory_is_the_model_and_one_layer(tmp_path):
-    import os
-
+def test_peak_memory_is_the_model_and_one_layer():
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
     done = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, env=environment, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
     before, after, resident = map(int, done.stdout.split())
-    # One fp32 layer is 64 MB; the first layer is made int8 (16 MB) while all of the model is still there.
-    assert after - before <= 64 + 16 + 16
-    # 512 MB have become 128.
-    assert resident < before - 300
+    # The first layer is made int8 while all of the model is still there, itself included.
+    assert after - before < 64
+    # 256 MB have become 64.
+    assert resident < before - 150

@@ -156,21 +156,25 @@ def test_device_map(tmp_path):
     assert_near(logits(model), logits(reference), "model")
 
 
-def test_dispatched_over_parts_with_some_offloaded(tmp_path):
-    accelerate = pytest.importorskip("accelerate", reason="tests accelerate's dispatch")
+@pytest.mark.parametrize("place", ["cpu", "disk"])
+def test_offloaded_weights_serve_in_forward_and_are_refused_in_backward(place, tmp_path):
+    """Backward reads the weight again, when the hook has taken it away: an error, never a gradient of garbage."""
+    accelerate = pytest.importorskip("accelerate", reason="tests accelerate's offloading")
     model = build("llama")
-    parts = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.norm": "cpu", "lm_head": "cpu"}
-    accelerate.dispatch_model(
-        model,
-        device_map={**parts, "model.layers.0": "cpu", "model.layers.1": "disk"},
-        offload_dir=tmp_path,
-        main_device="cpu",
-    )
-    before = logits(model)
-    config = LoraConfig(init_lora_weights=False)
-    with pytest.raises((ValueError, RuntimeError), match="disk"):
-        pyadapt.wrap(model, config)
-    assert torch.equal(logits(model), before)
+    if place == "cpu":
+        accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    else:
+        accelerate.disk_offload(model, tmp_path, execution_device=torch.device("cpu"))
+    pyadapt.wrap(model, LoraConfig())
+    loss = model(**model_batch("llama")).loss
+    assert_near(loss, build("llama")(**model_batch("llama")).loss, "model")
+    with pytest.raises(RuntimeError, match="offloaded"):
+        loss.backward()
+    before = {name: p.device for name, p in model.named_parameters()}
+    with pytest.raises(RuntimeError, match="offloaded"):
+        pyadapt.merge(model)
+    assert {name: p.device for name, p in model.named_parameters()} == before
+    assert pyadapt.is_wrapped(model)
 
 
 # --- refused ----------------------------------------------------------------------------------
@@ -209,12 +213,16 @@ def test_compiled():
     refused(torch.compile(build("llama"), backend="eager"), "compiled already: wrap it first, then torch.compile it")
 
 
-def test_compiled_in_place():
-    """`model.compile()` leaves the class and keeps the compiled call beside it."""
+@pytest.mark.slow
+def test_compiled_in_place_before_wrap():
+    """`model.compile()` leaves the class, and its compiled call finds the adapter."""
     model = build("llama")
     model.compile(backend="eager")
-    with pytest.raises(RuntimeError, match="compiled already"):
-        pyadapt.wrap(model, LoraConfig())
+    before = logits(model)
+    pyadapt.wrap(model, LoraConfig(init_lora_weights=False))
+    after = logits(model)
+    assert not torch.allclose(after, before)
+    assert_near(after, model.forward(**model_batch("llama")).logits, "model")
 
 
 def test_no_module():

@@ -71,19 +71,19 @@ def test_all_linear_of_a_plain_module_leaves_the_head_out():
 @pytest.mark.parametrize(
     "config",
     [
-        dict(target_modules=["q_proj"]),
-        dict(target_modules=["self_attn.q_proj", "up_proj"]),
-        dict(target_modules=["model.layers.1.mlp.down_proj"]),
-        dict(target_modules={"k_proj", "v_proj"}),
-        dict(target_modules=r".*\.1\.self_attn\.[qk]_proj"),
-        dict(target_modules=r"model\.layers\.0\.mlp\.(gate|up)_proj"),
-        dict(target_modules=["q_proj", "v_proj"], exclude_modules=["layers.0.self_attn.q_proj"]),
-        dict(target_modules="all-linear", exclude_modules=r".*mlp.*"),
-        dict(target_modules=["q_proj"], layers_to_transform=1),
-        dict(target_modules=["q_proj"], layers_to_transform=[0]),
-        dict(target_modules=["q_proj", "o_proj"], layers_to_transform=[0, 1], layers_pattern="layers"),
-        dict(target_modules=["q_proj"], layers_to_transform=[1], layers_pattern=["h", "layers"]),
-        dict(target_modules=["q_proj", "lm_head"]),
+        {"target_modules": ["q_proj"]},
+        {"target_modules": ["self_attn.q_proj", "up_proj"]},
+        {"target_modules": ["model.layers.1.mlp.down_proj"]},
+        {"target_modules": {"k_proj", "v_proj"}},
+        {"target_modules": r".*\.1\.self_attn\.[qk]_proj"},
+        {"target_modules": r"model\.layers\.0\.mlp\.(gate|up)_proj"},
+        {"target_modules": ["q_proj", "v_proj"], "exclude_modules": ["layers.0.self_attn.q_proj"]},
+        {"target_modules": "all-linear", "exclude_modules": r".*mlp.*"},
+        {"target_modules": ["q_proj"], "layers_to_transform": 1},
+        {"target_modules": ["q_proj"], "layers_to_transform": [0]},
+        {"target_modules": ["q_proj", "o_proj"], "layers_to_transform": [0, 1], "layers_pattern": "layers"},
+        {"target_modules": ["q_proj"], "layers_to_transform": [1], "layers_pattern": ["h", "layers"]},
+        {"target_modules": ["q_proj", "lm_head"]},
     ],
     ids=written_out,
 )
@@ -95,7 +95,9 @@ def test_the_same_layers_as_peft(config):
 
 def test_a_list_matches_at_dots_only():
     model = build("t5")
-    assert all(path.rpartition(".")[2] == "o" for path in adapted(pyadapt.wrap(model, LoraConfig(target_modules=["o"]))))
+    assert all(
+        path.rpartition(".")[2] == "o" for path in adapted(pyadapt.wrap(model, LoraConfig(target_modules=["o"])))
+    )
 
 
 def test_a_module_to_save_is_not_adapted_as_well():
@@ -118,16 +120,27 @@ def test_a_head_called_score():
     model = LlamaForSequenceClassification(build("llama").config)
     assert list(pyadapt.plan(model, LoraConfig(task_type="SEQ_CLS")).saved) == ["score"]
     twin = peft_twin(model, target_modules="all-linear", task_type="SEQ_CLS")
-    assert adapted(pyadapt.wrap(model, LoraConfig(target_modules="all-linear", task_type="SEQ_CLS"))) == adapted_by_peft(twin)
+    assert adapted(
+        pyadapt.wrap(model, LoraConfig(target_modules="all-linear", task_type="SEQ_CLS"))
+    ) == adapted_by_peft(twin)
 
 
 SCALINGS = [
-    dict(r=8, lora_alpha=16),
-    dict(r=6, lora_alpha=3, use_rslora=True),
-    dict(r=8, lora_alpha=16, rank_pattern={"q_proj": 2}),
-    dict(r=8, lora_alpha=16, rank_pattern={"q_proj": 2}, alpha_pattern={"v_proj": 1}),
-    dict(r=4, rank_pattern={r"layers\.1\..*": 5}, alpha_pattern={"layers.0.self_attn.q_proj": 7}, use_rslora=True),
-    dict(r=4, rank_pattern={"model.layers.0.self_attn.q_proj": 5, "q_proj": 3}, alpha_pattern={"q_proj": 2, ".*v_proj": 9}),
+    {"r": 8, "lora_alpha": 16},
+    {"r": 6, "lora_alpha": 3, "use_rslora": True},
+    {"r": 8, "lora_alpha": 16, "rank_pattern": {"q_proj": 2}},
+    {"r": 8, "lora_alpha": 16, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 1}},
+    {
+        "r": 4,
+        "rank_pattern": {r"layers\.1\..*": 5},
+        "alpha_pattern": {"layers.0.self_attn.q_proj": 7},
+        "use_rslora": True,
+    },
+    {
+        "r": 4,
+        "rank_pattern": {"model.layers.0.self_attn.q_proj": 5, "q_proj": 3},
+        "alpha_pattern": {"q_proj": 2, ".*v_proj": 9},
+    },
 ]
 
 
@@ -153,10 +166,41 @@ def test_the_table_is_that_of_peft():
     assert {name: PEFT[name] for name in DEFAULT_TARGETS} == DEFAULT_TARGETS
 
 
+TABLE_ROWS = [
+    "bart",
+    "bert",
+    "bloom",
+    "deberta",
+    "deberta-v2",
+    "electra",
+    "falcon",
+    "gemma",
+    "gemma2",
+    "gpt2",
+    "gpt_bigcode",
+    "gpt_neo",
+    "gpt_neox",
+    "gptj",
+    "layoutlm",
+    "llama",
+    "mistral",
+    "mixtral",
+    "mpt",
+    "mt5",
+    "opt",
+    "phi",
+    "qwen2",
+    "qwen3",
+    "roberta",
+    "stablelm",
+    "t5",
+    "xlm-roberta",
+]
+
+
 @pytest.mark.parametrize(
     "model_type",
-    "bart bert bloom deberta deberta-v2 electra falcon gemma gemma2 gpt2 gpt_bigcode gpt_neo gpt_neox gptj layoutlm llama "
-    "mistral mixtral mpt mt5 opt phi qwen2 qwen3 roberta stablelm t5 xlm-roberta".split(),
+    TABLE_ROWS,
 )
 def test_each_row_of_the_table_exists_in_transformers(model_type):
     """A release that renames layers leaves a row pointing at nothing, as ViT's did."""

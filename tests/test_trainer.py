@@ -74,7 +74,7 @@ def test_losses_equal_those_of_peft(name, tmp_path):
 def test_gradient_checkpointing_by_argument(reentrant, tmp_path):
     plain = trainer(wrapped(), tmp_path / "a")
     plain.train()
-    options = dict(gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    options = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
     checkpointed = trainer(wrapped(), tmp_path / "b", **options)
     checkpointed.train()
     assert_near(losses_of(checkpointed), losses_of(plain), "loss")
@@ -101,7 +101,7 @@ def test_int8_base_is_let_in(tmp_path):
 @NOT_YET
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 def test_resume_is_exact(tmp_path, dropout):
-    options = dict(save_strategy="steps", save_steps=2)
+    options = {"save_strategy": "steps", "save_steps": 2}
     whole = trainer(wrapped(lora_dropout=dropout), tmp_path / "whole", **options)
     whole.train()
     model = wrapped(lora_dropout=dropout)
@@ -120,7 +120,7 @@ def test_resume_is_exact(tmp_path, dropout):
 @NOT_YET
 def test_load_best_model_at_end(tmp_path):
     model = wrapped()
-    options = dict(save_strategy="steps", save_steps=2, eval_strategy="steps", eval_steps=2)
+    options = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
     run = trainer(model, tmp_path, load_best_model_at_end=True, **options)
     run.train()
     saved = pyadapt.load(build("llama"), run.state.best_model_checkpoint)

@@ -87,7 +87,7 @@ def test_a_fresh_adapter_learns():
 
 
 def test_patterns_and_rslora_train_as_in_peft():
-    config = dict(rank_pattern={"q_proj": 7}, alpha_pattern={"v_proj": 3}, use_rslora=True)
+    config = {"rank_pattern": {"q_proj": 7}, "alpha_pattern": {"v_proj": 3}, "use_rslora": True}
     model, twin = wrapped_and_twin("llama", **config)
     assert_gradients_equal_those_of_peft(model, twin, model_batch("llama"))
 
@@ -96,7 +96,7 @@ def test_two_adapters_at_once_train_as_in_peft():
     import peft
 
     model, twin = wrapped_and_twin("llama")
-    extra = dict(r=2, target_modules=["v_proj", "up_proj"], init_lora_weights=False)
+    extra = {"r": 2, "target_modules": ["v_proj", "up_proj"], "init_lora_weights": False}
     model.add_adapter("extra", LoraConfig(**extra))
     twin.add_adapter("extra", peft.LoraConfig(**extra))
     copy_adapter_to_peft(model, twin, "extra")
@@ -150,7 +150,10 @@ def test_checkpointing_with_dropout_gives_the_same_gradients(name, reentrant, wh
         return model
 
     config = LoraConfig(
-        target_modules=list(FAMILIES[name].targets), lora_dropout=0.3, init_lora_weights=False, task_type=FAMILIES[name].task
+        target_modules=list(FAMILIES[name].targets),
+        lora_dropout=0.3,
+        init_lora_weights=False,
+        task_type=FAMILIES[name].task,
     )
     batch = model_batch(name)
 

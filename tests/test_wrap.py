@@ -6,7 +6,17 @@ import copy
 
 import pytest
 import torch
-from models import ALL, FAMILIES, assert_near, build, copy_adapter_to_peft, model_batch, peft_twin, plain_module, snapshot
+from models import (
+    ALL,
+    FAMILIES,
+    assert_near,
+    build,
+    copy_adapter_to_peft,
+    model_batch,
+    peft_twin,
+    plain_module,
+    snapshot,
+)
 from torch import nn
 
 import pyadapt
@@ -51,7 +61,9 @@ def test_forward_equals_peft(name, targets):
     wanted = list(family.targets) if targets == "left out" else targets
     twin = peft_twin(model, r=4, lora_alpha=6, target_modules=wanted, task_type=family.task, init_lora_weights=False)
     ours = None if targets == "left out" else targets
-    pyadapt.wrap(model, LoraConfig(r=4, lora_alpha=6, target_modules=ours, task_type=family.task, init_lora_weights=False))
+    pyadapt.wrap(
+        model, LoraConfig(r=4, lora_alpha=6, target_modules=ours, task_type=family.task, init_lora_weights=False)
+    )
     base = model(**batch).logits
     copy_adapter_to_peft(model, twin)
     assert_near(model(**batch).logits, twin.eval()(**batch).logits, "model")

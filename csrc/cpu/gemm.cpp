@@ -18,6 +18,7 @@ constexpr std::int64_t block_units = 256;                // depth of a block: th
 constexpr std::int64_t slice_rows = 16 * tile_rows;      // left rows packed at a time: they stay in L2
 constexpr std::int64_t largest_rows = 6 * slice_rows;    // of a task's tile
 constexpr std::int64_t largest_cols = 512;
+constexpr std::int64_t narrow_size = 64;                 // up to this many rows or columns a product counts as narrow
 constexpr std::int64_t serial_work = 1 << 17;            // multiply-adds below which a team costs more than it saves
 
 std::int64_t least(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
@@ -35,9 +36,13 @@ Grid cut(std::int64_t height, std::int64_t breadth, std::int64_t down, std::int6
 }
 
 Grid make_grid(const Gemm& product) {
+    if (product.rows == 0 || product.cols == 0) return {0, 0, 0, 0};
     Grid grid = cut(product.rows, product.cols, pieces(product.rows, largest_rows), pieces(product.cols, largest_cols));
     const std::int64_t threads = product.threads;
-    while (threads > 1 && 10 * grid.tasks() < 9 * pieces(grid.tasks(), threads) * threads) {
+    // A product of rank r is short work with little to pack twice: many tasks even it out between busy cores.
+    const bool narrow = least(product.rows, product.cols) <= narrow_size;
+    const std::int64_t wanted = threads == 1 ? 1 : narrow ? 4 * threads : threads;
+    while (grid.tasks() < wanted || 10 * grid.tasks() < 9 * pieces(grid.tasks(), threads) * threads) {
         const bool rows_left = grid.tile_height > tile_rows, cols_left = grid.tile_width > tile_cols;
         if (!rows_left && !cols_left) break;
         const bool halve_rows = rows_left && (!cols_left || grid.tile_height >= grid.tile_width);
@@ -171,15 +176,28 @@ struct Task {
 
 }  // namespace
 
-void gemm(const Gemm& product) {
-    if (product.rows == 0 || product.cols == 0) return;
-    const Grid grid = make_grid(product);
-    const std::int64_t work = product.rows * product.cols * (product.depth + product.rank + 1);
-    const int team = work < serial_work ? 1 : static_cast<int>(least(product.threads, grid.tasks()));
-    const std::int64_t share = round_up(Scratch::floats(grid), 16);
+void gemm(const Gemm* products, int count) {
+    Grid grids[most_products];
+    std::int64_t tasks = 0, work = 0, share = 0;
+    for (int i = 0; i < count; ++i) {
+        const Gemm& product = products[i];
+        grids[i] = make_grid(product);
+        tasks += grids[i].tasks();
+        work += product.rows * product.cols * (product.depth + product.rank + 1);
+        const std::int64_t floats = round_up(Scratch::floats(grids[i]), 16);
+        share = floats > share ? floats : share;
+    }
+    if (tasks == 0) return;
+    const int team = work < serial_work ? 1 : static_cast<int>(least(products[0].threads, tasks));
     float* memory = workspace(team * share);
+    // In the order given, so that the small tasks of a last product fill the gaps that the large ones leave.
 #pragma omp parallel for schedule(dynamic, 1) num_threads(team) if (team > 1)
-    for (std::int64_t t = 0; t < grid.tasks(); ++t) {
+    for (std::int64_t task = 0; task < tasks; ++task) {
+        std::int64_t t = task;
+        int i = 0;
+        while (t >= grids[i].tasks()) t -= grids[i++].tasks();
+        const Gemm& product = products[i];
+        const Grid& grid = grids[i];
         const Scratch scratch(memory + omp_get_thread_num() * share, grid);
         const std::int64_t row = t % grid.down * grid.tile_height, col = t / grid.down * grid.tile_width;
         Task{product, scratch, row, least(grid.tile_height, product.rows - row), col,

@@ -89,9 +89,12 @@ struct DequantizeRows {
     int threads = 1;
 };
 
+constexpr int most_products = 2;
+
 struct Kernels {
     const char* isa;
-    void (*gemm)(const Gemm&);
+    // Products that do not depend on each other share one team: at most most_products of them.
+    void (*gemm)(const Gemm* products, int count);
     void (*skinny)(const Skinny&);
     void (*quantize_rows)(const QuantizeRows&);
     void (*dequantize_rows)(const DequantizeRows&);

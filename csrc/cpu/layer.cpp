@@ -94,6 +94,27 @@ Skinny skinny_layer(const Tensor& x, const Weight& weight, const Tensor& y, int 
     return layer;
 }
 
+void run(const Gemm& product) { kernels().gemm(&product, 1); }
+
+void run(const Gemm& first, const Gemm& second) {
+    static_assert(most_products >= 2);
+    const Gemm products[] = {first, second};
+    kernels().gemm(products, 2);
+}
+
+// dS = s g B and dB = s g' S read the same g and do not depend on each other.
+void run_g_passes(const Tensor& g, const Adapter& adapter, const Tensor& S, const Tensor& dS, const Tensor& dB,
+                  int threads) {
+    Gemm to_dS = product_into(dS, rows_of(g), columns_of(*adapter.B), g.sizes[1], threads);
+    Gemm to_dB = product_into(dB, columns_of(g), columns_of(S), g.sizes[0], threads);
+    to_dS.alpha = to_dB.alpha = static_cast<float>(adapter.scaling);
+    run(to_dS, to_dB);
+}
+
+Gemm dA_product(const Tensor& dS, const Tensor& x, const Adapter& adapter, const Tensor& dA, int threads) {
+    return product_into(dA, columns_of(dS), dropped(columns_of(x), adapter.dropout), x.sizes[0], threads);
+}
+
 // --- checks ---
 
 void check_weight(const Weight& weight, std::int64_t N, std::int64_t K) {
@@ -136,6 +157,22 @@ void check_two_dimensional(const Tensor& tensor) {
     if (tensor.dims != 2) throw ValueError(std::string(tensor.name) + " is one-dimensional; wanted two dimensions");
 }
 
+void check_gradients(const Tensor& g, const Tensor& x, const Adapter& adapter, const Tensor& S, const Tensor& dS,
+                     const Tensor& dA, const Tensor& dB) {
+    check_two_dimensional(x);
+    check_two_dimensional(g);
+    check_two_dimensional(*adapter.A);
+    const std::int64_t M = x.sizes[0], K = x.sizes[1], N = g.sizes[1], r = adapter.A->sizes[0];
+    check_matrix(g, {"M", M}, {"N", N});
+    check_matrix(x, {"M", M}, {"K", K});
+    check_matrix(*adapter.A, {"r", r}, {"K", K});
+    check_matrix(*adapter.B, {"N", N}, {"r", r});
+    check_matrix(S, {"M", M}, {"r", r});
+    check_result(dS, {"M", M}, {"r", r});
+    check_result(dA, {"r", r}, {"K", K});
+    check_result(dB, {"N", N}, {"r", r});
+}
+
 }  // namespace
 
 void linear_forward(const Tensor& x, const Weight& weight, const Tensor& y, bool skinny, int threads) {
@@ -147,7 +184,7 @@ void linear_forward(const Tensor& x, const Weight& weight, const Tensor& y, bool
     check_per_output(weight, N);
     check_result(y, {"M", M}, {"N", N});
     if (skinny && weight.values->strides[1] == 1) return kernels().skinny(skinny_layer(x, weight, y, threads));
-    kernels().gemm(forward_product(x, weight, y, threads));
+    run(forward_product(x, weight, y, threads));
 }
 
 void linear_dx(const Tensor& g, const Weight& weight, const Tensor& dx, int threads) {
@@ -158,7 +195,7 @@ void linear_dx(const Tensor& g, const Weight& weight, const Tensor& dx, int thre
     check_weight(weight, N, K);
     check_per_output(weight, N);
     check_result(dx, {"M", M}, {"K", K});
-    kernels().gemm(dx_product(g, weight, dx, threads));
+    run(dx_product(g, weight, dx, threads));
 }
 
 void lora_shrink(const Tensor& x, const Adapter& adapter, const Tensor& S, int threads) {
@@ -169,7 +206,7 @@ void lora_shrink(const Tensor& x, const Adapter& adapter, const Tensor& S, int t
     check_matrix(*adapter.A, {"r", r}, {"K", K});
     check_result(S, {"M", M}, {"r", r});
     check_dtype(S, DType::f32);
-    kernels().gemm(product_into(S, dropped(rows_of(x), adapter.dropout), rows_of(*adapter.A), K, threads));
+    run(product_into(S, dropped(rows_of(x), adapter.dropout), rows_of(*adapter.A), K, threads));
 }
 
 void lora_forward(const Tensor& x, const Weight& weight, const Adapter& adapter, const Tensor& y, const Tensor& S,
@@ -193,7 +230,7 @@ void lora_forward(const Tensor& x, const Weight& weight, const Adapter& adapter,
     }
     Gemm product = forward_product(x, weight, y, threads);
     add_low_rank(product, S, adapter);
-    kernels().gemm(product);
+    run(product);
 }
 
 void lora_expand(const Tensor& S, const Adapter& adapter, const Weight& weight, const Tensor& y, int threads) {
@@ -208,33 +245,14 @@ void lora_expand(const Tensor& S, const Adapter& adapter, const Weight& weight, 
     product.add_out = true;
     add_epilogue(product, weight);
     add_low_rank(product, S, adapter);
-    kernels().gemm(product);
+    run(product);
 }
 
 void lora_gradients(const Tensor& g, const Tensor& x, const Adapter& adapter, const Tensor& S, const Tensor& dS,
                     const Tensor& dA, const Tensor& dB, int threads) {
-    check_two_dimensional(x);
-    check_two_dimensional(g);
-    check_two_dimensional(*adapter.A);
-    const std::int64_t M = x.sizes[0], K = x.sizes[1], N = g.sizes[1], r = adapter.A->sizes[0];
-    check_matrix(g, {"M", M}, {"N", N});
-    check_matrix(x, {"M", M}, {"K", K});
-    check_matrix(*adapter.A, {"r", r}, {"K", K});
-    check_matrix(*adapter.B, {"N", N}, {"r", r});
-    check_matrix(S, {"M", M}, {"r", r});
-    check_result(dS, {"M", M}, {"r", r});
-    check_result(dA, {"r", r}, {"K", K});
-    check_result(dB, {"N", N}, {"r", r});
-
-    Gemm product = product_into(dS, rows_of(g), columns_of(*adapter.B), N, threads);
-    product.alpha = static_cast<float>(adapter.scaling);
-    kernels().gemm(product);
-
-    product = product_into(dB, columns_of(g), columns_of(S), M, threads);
-    product.alpha = static_cast<float>(adapter.scaling);
-    kernels().gemm(product);
-
-    kernels().gemm(product_into(dA, columns_of(dS), dropped(columns_of(x), adapter.dropout), M, threads));
+    check_gradients(g, x, adapter, S, dS, dA, dB);
+    run_g_passes(g, adapter, S, dS, dB, threads);
+    run(dA_product(dS, x, adapter, dA, threads));
 }
 
 void lora_expand_dx(const Tensor& dS, const Adapter& adapter, const Tensor& dx, int threads) {
@@ -247,7 +265,7 @@ void lora_expand_dx(const Tensor& dS, const Adapter& adapter, const Tensor& dx, 
     Gemm product = product_into(dx, Operand{}, Operand{}, 0, threads);
     product.add_out = true;
     add_low_rank_dx(product, dS, adapter);
-    kernels().gemm(product);
+    run(product);
 }
 
 void lora_backward(const Tensor& g, const Tensor& x, const Weight& weight, const Adapter& adapter, const Tensor& S,
@@ -261,11 +279,13 @@ void lora_backward(const Tensor& g, const Tensor& x, const Weight& weight, const
 
     std::vector<float> memory(static_cast<std::size_t>(M * r));
     const Tensor dS = {"dS", memory.data(), DType::f32, 2, {M, r}, {r, 1}};
-    lora_gradients(g, x, adapter, S, dS, dA, dB, threads);
-    if (!dx) return;
-    Gemm product = dx_product(g, weight, *dx, threads);
-    add_low_rank_dx(product, dS, adapter);
-    kernels().gemm(product);
+    check_gradients(g, x, adapter, S, dS, dA, dB);
+    run_g_passes(g, adapter, S, dS, dB, threads);
+    const Gemm to_dA = dA_product(dS, x, adapter, dA, threads);
+    if (!dx) return run(to_dA);
+    Gemm to_dx = dx_product(g, weight, *dx, threads);
+    add_low_rank_dx(to_dx, dS, adapter);
+    run(to_dx, to_dA);
 }
 
 }  // namespace pyadapt::cpu

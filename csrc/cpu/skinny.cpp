@@ -10,7 +10,8 @@
 namespace pyadapt::cpu::PYADAPT_ISA {
 namespace {
 
-constexpr std::int64_t cols_at_once = 4;       // rows of W whose sums are carried together
+constexpr std::int64_t rows_at_once = 4;       // rows of x that share a widened W
+constexpr std::int64_t cols_at_once = 8;       // rows of W that one task turns into columns of y
 constexpr std::int64_t serial_work = 1 << 16;  // multiply-adds below which a team costs more than it saves
 
 // sums[i, j] = x[i, :] weight[n + j, :]' for R rows of x and C rows of W.
@@ -19,12 +20,12 @@ void dot(const float* x, std::int64_t K, const Operand& weight, std::int64_t n, 
     Floats acc[R][C] = {};
     const auto add = [&](auto load_x, auto load_w) __attribute__((always_inline)) {
         Floats w[C];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int j = 0; j < C; ++j) w[j] = load_w((n + j) * weight.row_stride);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int i = 0; i < R; ++i) {
             const Floats v = load_x(i * K);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
             for (int j = 0; j < C; ++j) acc[i][j] += v * w[j];
         }
     };
@@ -39,12 +40,33 @@ void dot(const float* x, std::int64_t K, const Operand& weight, std::int64_t n, 
         for (int j = 0; j < C; ++j) sums[i * cols_at_once + j] = sum(acc[i][j]);
 }
 
-typedef void (*Dot)(const float* x, std::int64_t K, const Operand& weight, std::int64_t n, float* sums);
+// The same for one row of each: W is one stream through memory, four vectors of it at a time.
+template <DType dtype>
+void dot_one(const float* x, std::int64_t K, const Operand& weight, std::int64_t n, float* sums) {
+    constexpr int parts = 4;
+    Floats acc[parts] = {};
+    const std::int64_t row = n * weight.row_stride;
+    std::int64_t k = 0;
+    for (; k + parts * width <= K; k += parts * width)
+#pragma GCC unroll 8
+        for (int part = 0; part < parts; ++part)
+            acc[part] += load<Floats>(x + k + part * width) * load_floats<dtype>(weight.data, row + k + part * width);
+    for (; k + width <= K; k += width) acc[0] += load<Floats>(x + k) * load_floats<dtype>(weight.data, row + k);
+    if (k < K) acc[1] += load_tail<DType::f32>(x, k, K - k) * load_tail<dtype>(weight.data, row + k, K - k);
+    *sums = sum((acc[0] + acc[1]) + (acc[2] + acc[3]));
+}
+
+// Eight sums are carried at once, as many as hide the latency of a multiply-add on two units.
+struct Dot {
+    void (*run)(const float* x, std::int64_t K, const Operand& weight, std::int64_t n, float* sums);
+    std::int64_t rows, cols;
+};
 
 template <DType dtype>
 Dot pick_dot(std::int64_t rows, std::int64_t cols) {
-    if (cols < cols_at_once) return rows >= 2 ? dot<dtype, 2, 1> : dot<dtype, 1, 1>;
-    return rows >= 2 ? dot<dtype, 2, 4> : dot<dtype, 1, 4>;
+    if (rows >= 4) return cols >= 2 ? Dot{dot<dtype, 4, 2>, 4, 2} : Dot{dot<dtype, 4, 1>, 4, 1};
+    if (rows >= 2) return cols >= 4 ? Dot{dot<dtype, 2, 4>, 2, 4} : Dot{dot<dtype, 2, 1>, 2, 1};
+    return {dot_one<dtype>, 1, 1};
 }
 
 Dot pick_dot(DType dtype, std::int64_t rows, std::int64_t cols) {
@@ -62,27 +84,33 @@ float element(const void* data, DType dtype, std::int64_t at) {
     return value;
 }
 
+// Scale, low-rank term and bias of y[m, n .. n + cols), then the store.
+void finish(const Skinny& layer, std::int64_t m, std::int64_t n, std::int64_t cols, float* y) {
+    const float* S = layer.S + m * layer.rank;
+    for (std::int64_t j = 0; j < cols; ++j) {
+        if (layer.col_scale) y[j] *= layer.col_scale[n + j];
+        float low = 0.0f;
+        for (std::int64_t q = 0; q < layer.rank; ++q)
+            low += S[q] * element(layer.B.data, layer.B.dtype, (n + j) * layer.B.row_stride + q);
+        y[j] += layer.scaling * low;
+        if (layer.bias) y[j] += element(layer.bias, layer.bias_dtype, n + j);
+    }
+    narrow(y, layer.out, layer.out_dtype, m * layer.out_stride + n, cols);
+}
+
 // y[:, n .. n + cols)
 void columns(const Skinny& layer, const float* x, std::int64_t n, std::int64_t cols) {
-    for (std::int64_t m = 0; m < layer.rows; m += 2) {
-        const std::int64_t rows = layer.rows - m < 2 ? layer.rows - m : 2;
-        float sums[2 * cols_at_once];
-        const Dot run = pick_dot(layer.weight.dtype, rows, cols);
-        for (std::int64_t j = 0; j < cols; j += cols == cols_at_once ? cols_at_once : 1)
-            run(x + m * layer.depth, layer.depth, layer.weight, n + j, sums + j);
-        for (std::int64_t i = 0; i < rows; ++i) {
-            float* y = sums + i * cols_at_once;
-            const float* S = layer.S + (m + i) * layer.rank;
-            for (std::int64_t j = 0; j < cols; ++j) {
-                if (layer.col_scale) y[j] *= layer.col_scale[n + j];
-                float low = 0.0f;
-                for (std::int64_t q = 0; q < layer.rank; ++q)
-                    low += S[q] * element(layer.B.data, layer.B.dtype, (n + j) * layer.B.row_stride + q);
-                y[j] += layer.scaling * low;
-                if (layer.bias) y[j] += element(layer.bias, layer.bias_dtype, n + j);
-            }
-            narrow(y, layer.out, layer.out_dtype, (m + i) * layer.out_stride + n, cols);
+    for (std::int64_t m = 0; m < layer.rows;) {
+        float sums[rows_at_once * cols_at_once];
+        std::int64_t rows = 0;
+        for (std::int64_t j = 0; j < cols;) {
+            const Dot dot = pick_dot(layer.weight.dtype, layer.rows - m, cols - j);
+            dot.run(x + m * layer.depth, layer.depth, layer.weight, n + j, sums + j);
+            rows = dot.rows;
+            j += dot.cols;
         }
+        for (std::int64_t i = 0; i < rows; ++i) finish(layer, m + i, n, cols, sums + i * cols_at_once);
+        m += rows;
     }
 }
 

@@ -6,7 +6,7 @@
 
 namespace pyadapt::cpu::PYADAPT_ISA {
 
-void gemm(const Gemm&);
+void gemm(const Gemm* products, int count);
 void skinny(const Skinny&);
 void quantize_rows(const QuantizeRows&);
 void dequantize_rows(const DequantizeRows&);

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .kind import BaseWeight, Operands, register
+from .kind import BaseWeight, Operands, check_at_hand, register
 
 
 def is_conv1d(layer: Any) -> bool:
@@ -46,6 +46,7 @@ class Dense(BaseWeight):
     @staticmethod
     def operands(layer: Any) -> Operands:
         """See `BaseWeight.operands`."""
+        check_at_hand(layer)
         weight: Tensor = layer.weight
         return Operands(weight.t() if is_conv1d(layer) else weight, None, layer.bias)
 

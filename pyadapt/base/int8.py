@@ -19,7 +19,10 @@ from ..ops import quantize  # noqa: F401 - defines the ops quantize_rows and deq
 from ..ops.linear import FrozenLinear
 from ..surgery import adopt, release
 from .dense import Dense, is_conv1d
-from .kind import BaseWeight, Operands, register
+from .kind import BaseWeight, Operands, check_at_hand, register
+
+# Elements of a weight that are quantised in one call.
+QUANTIZED_AT_ONCE = 1 << 22
 
 
 class Int8Layer(nn.Module):
@@ -37,6 +40,7 @@ class Int8Layer(nn.Module):
 
     def operands(self) -> Operands:
         """The int8 weight, its scale and the bias; read again in backward."""
+        check_at_hand(self)
         return Operands(self.weight, self.weight_scale.view(torch.float32), self.bias)
 
 
@@ -121,8 +125,17 @@ def make_empty_int8(layer: Any) -> None:
 
 
 def _quantize(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """`matrix` (N, K) as int8 (N, K) and the int32 bits of its fp32 scale (N,)."""
-    weight, scale = torch.ops.pyadapt.quantize_rows(matrix)
+    """`matrix` (N, K) as int8 (N, K) and the int32 bits of its fp32 scale (N,).
+
+    Some rows at a time: in one piece, the temporaries of a large layer would be several times its size.
+    """
+    n, k = matrix.shape
+    weight = torch.empty(n, k, dtype=torch.int8, device=matrix.device)
+    scale = torch.empty(n, dtype=torch.float32, device=matrix.device)
+    rows = max(1, QUANTIZED_AT_ONCE // max(1, k))
+    for start in range(0, n, rows):
+        part = slice(start, start + rows)
+        weight[part], scale[part] = torch.ops.pyadapt.quantize_rows(matrix[part])
     return weight, scale.view(torch.int32)
 
 

@@ -76,6 +76,19 @@ class BaseWeight:
         raise NotImplementedError
 
 
+def check_at_hand(layer: nn.Module) -> None:
+    """Refuse to read a weight that accelerate keeps elsewhere at the moment: it has no values here.
+
+    Raises:
+        RuntimeError: the layer is offloaded, and this is not its forward.
+    """
+    if "_hf_hook" in layer.__dict__ and layer.weight.is_meta:
+        raise RuntimeError(
+            f"the weight of this {type(layer).__name__} is offloaded and at hand during its forward only; "
+            "to train or merge, load the model without offloading to the CPU or the disk"
+        )
+
+
 def register(kind: type[BaseWeight]) -> type[BaseWeight]:
     """Class decorator: add a kind of base weight."""
     KINDS.append(kind)

@@ -53,7 +53,15 @@ def _quantizer_classes() -> tuple[type, type]:
         def is_compileable(self) -> bool:
             return True
 
+    # Found again by `__getattr__` below, so that a quantised model can be pickled.
+    Int8Config.__qualname__, Int8Quantizer.__qualname__ = "Int8Config", "Int8Quantizer"
     return Int8Config, Int8Quantizer
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("Int8Config", "Int8Quantizer"):
+        return _quantizer_classes()[name == "Int8Quantizer"]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def is_transformers_model(model: nn.Module) -> bool:

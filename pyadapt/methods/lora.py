@@ -91,6 +91,7 @@ class LoraConfig(AdapterConfig):
             value = getattr(self, name)
             if isinstance(value, (set, frozenset, tuple)):
                 setattr(self, name, sorted(value))
+        self._check_regular_expressions()
         for where, rank in (("r", self.r), *self.rank_pattern.items()):
             if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
                 raise ValueError(f"{where}={rank!r}: a rank is a whole number of at least 1")
@@ -100,6 +101,16 @@ class LoraConfig(AdapterConfig):
             raise ValueError(f"init_lora_weights={self.init_lora_weights!r} is not one of True, False, 'gaussian'")
         if self.layers_pattern is not None and self.layers_to_transform is None:
             raise ValueError("layers_pattern says where to count and needs layers_to_transform, which layers to take")
+
+    def _check_regular_expressions(self) -> None:
+        single = ((name, getattr(self, name)) for name in ("target_modules", "exclude_modules", "layers_pattern"))
+        keys = ((name, key) for name in ("rank_pattern", "alpha_pattern") for key in getattr(self, name))
+        for name, pattern in (*single, *keys):
+            if isinstance(pattern, str):
+                try:
+                    re.compile(pattern)
+                except re.error as error:
+                    raise ValueError(f"{name}={pattern!r} is no regular expression: {error}") from None
 
     def rank_of(self, path: str) -> int:
         """The rank for the layer at `path`."""

@@ -1,6 +1,6 @@
 """How near is near enough for whole models, by dtype and by what is compared.
 
-    |a - b| <= tolerance * (|b| + max |b|)
+|a - b| <= tolerance * (|b| + max |b|)
 """
 
 from __future__ import annotations
@@ -8,9 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# What is compared -> dtype -> tolerance. "layer": one layer's output. "model": logits through a tiny model. "gradient":
-# of an adapter's weight through it. "loss": over a few optimizer steps from the same start. "merged": the output of a merged
-# model, whose weights were rounded once more.
+# What is compared -> dtype -> tolerance. "layer": one layer's output. "model": logits through a tiny model.
+# "gradient": of an adapter's weight through it. "loss": over a few optimizer steps from the same start. "merged": the
+# weights or the output of a merged model, whose weights were rounded once more.
 TOLERANCE: dict[str, dict[torch.dtype, float]] = {
     "layer": {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 1e-2},
     "model": {torch.float64: 1e-11, torch.float32: 5e-6, torch.bfloat16: 3e-2},

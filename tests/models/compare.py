@@ -27,7 +27,9 @@ def copy_adapter_to_peft(model: Any, twin: Any, name: str = "default") -> None:
     ours = {f"base_model.model.{key}": value for key, value in model.get_adapter_state_dict(name).items()}
     theirs = peft.get_peft_model_state_dict(twin, adapter_name=name)
     assert sorted(ours) == sorted(theirs)
-    peft.set_peft_model_state_dict(twin, {key: value.detach().clone() for key, value in ours.items()}, adapter_name=name)
+    peft.set_peft_model_state_dict(
+        twin, {key: value.detach().clone() for key, value in ours.items()}, adapter_name=name
+    )
 
 
 def peft_key(own_name: str) -> str:
