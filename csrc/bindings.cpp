@@ -70,7 +70,8 @@ void linear_dx(py::handle g, py::handle weight, py::handle scale, py::handle dx,
 
 void lora_forward(py::handle x, py::handle weight, py::handle scale, py::handle bias, py::handle A, py::handle B,
                   py::handle y, py::handle S, double scaling, double p, py::handle seed, bool skinny, int threads) {
-    const Tensor x_ = tensor(x, "x"), A_ = tensor(A, "A"), B_ = tensor(B, "B"), y_ = tensor(y, "y"), S_ = tensor(S, "S");
+    const Tensor x_ = tensor(x, "x"), A_ = tensor(A, "A"), B_ = tensor(B, "B");
+    const Tensor y_ = tensor(y, "y"), S_ = tensor(S, "S");
     const LayerWeight layer(weight, scale, bias);
     const cpu::Adapter adapter = {&A_, &B_, scaling, dropout(p, seed)};
     py::gil_scoped_release release;
@@ -80,7 +81,8 @@ void lora_forward(py::handle x, py::handle weight, py::handle scale, py::handle 
 void lora_backward(py::handle g, py::handle x, py::handle weight, py::handle scale, py::handle A, py::handle B,
                    py::handle S, py::handle dx, py::handle dA, py::handle dB, double scaling, double p, py::handle seed,
                    int threads) {
-    const Tensor g_ = tensor(g, "g"), x_ = tensor(x, "x"), A_ = tensor(A, "A"), B_ = tensor(B, "B"), S_ = tensor(S, "S");
+    const Tensor g_ = tensor(g, "g"), x_ = tensor(x, "x"), A_ = tensor(A, "A"), B_ = tensor(B, "B");
+    const Tensor S_ = tensor(S, "S");
     const Tensor dA_ = tensor(dA, "dA"), dB_ = tensor(dB, "dB");
     const Optional dx_(dx, "dx");
     const LayerWeight layer(weight, scale, py::none());
@@ -98,7 +100,8 @@ void lora_shrink(py::handle x, py::handle A, py::handle S, double p, py::handle 
 
 void lora_expand(py::handle S, py::handle B, py::handle scale, py::handle bias, py::handle y, double scaling,
                  int threads) {
-    const Tensor S_ = tensor(S, "S"), B_ = tensor(B, "B"), y_ = tensor(y, "y");
+    const Tensor S_ = tensor(S, "S"), B_ = tensor(B, "B");
+    const Tensor y_ = tensor(y, "y");
     const Optional scale_(scale, "weight_scale"), bias_(bias, "bias");
     const cpu::Adapter adapter = {nullptr, &B_, scaling, Dropout{}};
     py::gil_scoped_release release;
@@ -107,7 +110,8 @@ void lora_expand(py::handle S, py::handle B, py::handle scale, py::handle bias, 
 
 void lora_gradients(py::handle g, py::handle x, py::handle A, py::handle B, py::handle S, py::handle dS, py::handle dA,
                     py::handle dB, double scaling, double p, py::handle seed, int threads) {
-    const Tensor g_ = tensor(g, "g"), x_ = tensor(x, "x"), A_ = tensor(A, "A"), B_ = tensor(B, "B"), S_ = tensor(S, "S");
+    const Tensor g_ = tensor(g, "g"), x_ = tensor(x, "x"), A_ = tensor(A, "A"), B_ = tensor(B, "B");
+    const Tensor S_ = tensor(S, "S");
     const Tensor dS_ = tensor(dS, "dS"), dA_ = tensor(dA, "dA"), dB_ = tensor(dB, "dB");
     const cpu::Adapter adapter = {&A_, &B_, scaling, dropout(p, seed)};
     py::gil_scoped_release release;

@@ -23,7 +23,8 @@ float* workspace(std::int64_t floats) {
     if (floats > arena.floats) {
         std::free(arena.memory);
         arena.floats = 0;
-        const std::size_t bytes = (static_cast<std::size_t>(floats) * sizeof(float) + alignment - 1) / alignment * alignment;
+        const std::size_t needed = static_cast<std::size_t>(floats) * sizeof(float);
+        const std::size_t bytes = (needed + alignment - 1) / alignment * alignment;
         arena.memory = static_cast<float*>(std::aligned_alloc(alignment, bytes));
         if (!arena.memory) throw std::bad_alloc();
         arena.floats = floats;

@@ -38,12 +38,14 @@ const std::vector<Isa>& all_isas() {
         std::vector<Isa> found = {{"portable", &portable::kernels, true, false}};
 #ifdef PYADAPT_X86
         __builtin_cpu_init();
-        const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+        const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                              __builtin_cpu_supports("f16c");
         const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
         found.push_back({"avx2", &avx2::kernels, has_avx2, false});
         found.push_back({"avx512", &avx512::kernels, has_avx512, false});
-        found.push_back({"avx512_bf16", &avx512_bf16::kernels, has_avx512 && __builtin_cpu_supports("avx512bf16"), false});
+        const bool has_bf16 = has_avx512 && __builtin_cpu_supports("avx512bf16");
+        found.push_back({"avx512_bf16", &avx512_bf16::kernels, has_bf16, false});
 #endif
 #ifdef PYADAPT_EMULATED
         found.push_back({"avx512-emulated", &avx512_emulated::kernels, has_avx2, true});

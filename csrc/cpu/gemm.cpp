@@ -16,7 +16,7 @@ namespace {
 
 constexpr std::int64_t block_units = 256;                // depth of a block: the panels of a tile stay in L1
 constexpr std::int64_t slice_rows = 16 * tile_rows;      // left rows packed at a time: they stay in L2
-constexpr std::int64_t largest_rows = 6 * slice_rows;    // of a task's tile
+constexpr std::int64_t largest_rows = 3 * slice_rows;    // of a task's tile
 constexpr std::int64_t largest_cols = 512;
 constexpr std::int64_t narrow_size = 64;                 // up to this many rows or columns a product counts as narrow
 constexpr std::int64_t serial_work = 1 << 17;            // multiply-adds below which a team costs more than it saves
@@ -82,7 +82,8 @@ struct Task {
     float* at(std::int64_t i) const { return scratch.tile + i * stride; }
 
     // tile += left right' over the whole depth of the two operands.
-    void add_product(const Operand& left, const Operand& right, std::int64_t depth, float right_alpha, Unit unit) const {
+    void add_product(const Operand& left, const Operand& right, std::int64_t depth, float right_alpha,
+                     Unit unit) const {
         const std::int64_t block_steps = unit == Unit::fp32 ? block_units : 2 * block_units;
         for (std::int64_t p = 0; p < depth; p += block_steps) {
             const std::int64_t steps = least(block_steps, depth - p), units = units_of(steps, unit);

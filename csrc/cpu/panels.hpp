@@ -11,7 +11,9 @@ namespace pyadapt::cpu::PYADAPT_ISA {
 
 enum class Unit { fp32, bf16_pair };
 
-constexpr std::int64_t round_up(std::int64_t n, std::int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+constexpr std::int64_t round_up(std::int64_t n, std::int64_t multiple) {
+    return (n + multiple - 1) / multiple * multiple;
+}
 constexpr std::int64_t units_of(std::int64_t depth, Unit unit) { return unit == Unit::fp32 ? depth : (depth + 1) / 2; }
 
 // How the panels of one side lie in memory.

@@ -126,7 +126,8 @@ static inline void drop(const Dropout& dropout, std::int64_t m, std::int64_t k, 
             if (rest >= width) {
                 store(at, draw >= threshold ? load<Floats>(at) * scale : Floats{});
             } else {
-                store_tail<DType::f32>(at, 0, rest, draw >= threshold ? load_tail<DType::f32>(at, 0, rest) * scale : Floats{});
+                const Floats value = load_tail<DType::f32>(at, 0, rest);
+                store_tail<DType::f32>(at, 0, rest, draw >= threshold ? value * scale : Floats{});
             }
         }
     }

@@ -1,6 +1,6 @@
 // The forward for a few rows (decoding): y = x W' scale + s S B' + bias with W read once, along its rows.
 //
-// At M = 1 the time is that of reading W, so an int8 weight is read as int8 and widened in registers; nothing is packed.
+// At M = 1 the time is that of reading W: an int8 weight is read as int8 and widened in registers; nothing is packed.
 // Threads share out the rows of W. Each element of y is one sum over lanes, in an order that does not depend on them.
 #include "rows.hpp"
 

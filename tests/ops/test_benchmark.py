@@ -1,0 +1,24 @@
+"""The layer benchmark runs and writes its rows."""
+
+from __future__ import annotations
+
+import csv
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.skipif(not (ROOT / "benchmarks").is_dir(), reason="waits for a source tree: benchmarks are not installed")
+def test_quick_run(tmp_path):
+    pytest.importorskip("peft", reason="waits for peft: it is one of the cases")
+    table = tmp_path / "layer.csv"
+    command = [sys.executable, "-m", "benchmarks.layer", "--quick", "--dtype", "fp32", "--csv", str(table)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    rows = list(csv.DictReader(table.read_text().splitlines()))
+    assert {"pyadapt lora", "pyadapt lora dropout", "pyadapt lora int8", "peft lora"} <= {row["case"] for row in rows}
+    assert all(float(row["median_ms"]) > 0 and row["cpu"] and row["isa"] for row in rows)
