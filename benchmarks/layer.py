@@ -25,7 +25,7 @@ from pyadapt.ops.lora import LoraLinear
 SHAPES = [(512, 2048, 2048), (2048, 1024, 1024), (1024, 2048, 5504)]  # M, K, N
 QUICK_SHAPES = [(64, 256, 256)]
 RANK, SCALING, DROPOUT = 16, 2.0, 0.05
-SLOWEST = 4.0  # seconds a run, beyond which a case is left out
+SLOWEST = 4.0  # seconds a run, beyond which a case is left out unless asked for
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 
 Run = Callable[[], object]
@@ -108,13 +108,13 @@ def seconds_of(run: Run) -> float:
     return time.perf_counter() - start
 
 
-def affordable(M: int, K: int, N: int, dtype: torch.dtype) -> dict[str, str]:
+def too_slow(M: int, K: int, N: int, dtype: torch.dtype, slowest: float) -> dict[str, str]:
     """Cases to leave out, with the reason: those whose time on a thirty-second of the rows predicts too long a run."""
     few = max(M // 32, 16)
     left_out = {}
     for name, run in training_cases(few, K, N, dtype).items():
         predicted = min(seconds_of(run) for _ in range(3)) * M / few
-        if predicted > SLOWEST:
+        if predicted > slowest:
             left_out[name] = f"left out: about {predicted:.0f} s a run"
     return left_out
 
@@ -145,6 +145,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="benchmarks.layer", description=__doc__.split("\n")[0])
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--seconds", type=float, default=15.0, help="for each shape (default 15)")
+    parser.add_argument(
+        "--slowest", type=float, default=SLOWEST, help="leave out cases of more seconds a run (default %(default)s)"
+    )
     parser.add_argument("--csv", type=Path, help="append the rows to this file")
     parser.add_argument("--quick", action="store_true", help="one small shape, a fraction of a second: for tests")
     options = parser.parse_args(arguments)
@@ -156,7 +159,7 @@ def main(arguments: list[str] | None = None) -> None:
     rows: list[dict[str, object]] = []
     for M, K, N in QUICK_SHAPES if options.quick else SHAPES:
         columns = {"dtype": options.dtype, "M": M, "K": K, "N": N}
-        left_out = affordable(M, K, N, dtype)
+        left_out = too_slow(M, K, N, dtype, options.slowest)
         cases = {name: run for name, run in training_cases(M, K, N, dtype).items() if name not in left_out}
         title = f"forward + backward, {options.dtype}, M={M} K={K} N={N} r={RANK}"
         rows += report(title, interleave(cases, seconds), left_out, step="training", **columns)

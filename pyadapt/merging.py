@@ -83,7 +83,7 @@ def merged_weights(
         original: a checkpoint to take the weights of quantised layers from; by default they are dequantised.
         report: filled in as layers pass.
     """
-    originals = OriginalWeights(original, getattr(model, "base_model_prefix", "")) if original is not None else None
+    originals = OriginalWeights(original, model) if original is not None else None
     for path, layer in list(base_modules(model)):
         base = base_of(layer)
         delta = layer.delta(tuple(names)) if isinstance(layer, AdaptedLayer) else None

@@ -156,6 +156,17 @@ def check_wrappable(model: nn.Module) -> None:
         raise RuntimeError("this model is sharded already: wrap it first, then shard it")
 
 
+def _check_not_on_disk(path: str, layer: nn.Module) -> None:
+    """Refuse a layer whose weight accelerate keeps on disk: it could be neither trained nor merged."""
+    weights = getattr(getattr(layer, "_hf_hook", None), "weights_map", None)
+    loader = getattr(weights, "dataset", weights)
+    if f"{getattr(weights, 'prefix', '')}weight" in (getattr(loader, "index", None) or {}):
+        raise RuntimeError(
+            f"the weight of {path} is offloaded to disk; load the model with a device_map that keeps the adapted "
+            "layers in memory (more max_memory, or quantize it first)"
+        )
+
+
 def count_base_parameters(model: nn.Module) -> int:
     """Values of the base model, shared ones once; quantisation scales are not counted."""
     counted: dict[int, int] = {}
@@ -173,6 +184,7 @@ def _plan_layer(method: type[LayerMethod], config: Any, path: str, layer: nn.Mod
     assert base is not None
     if not isinstance(layer, AdaptedLayer):
         check_adoptable(path, layer)
+    _check_not_on_disk(path, layer)
     out_features, in_features = base.shape(layer)
     rank = method.rank(config, path)
     weight, x_dtype = next(iter(base.stored(layer).values())), base.dtype(layer)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from . import attach, checkpoint
 from .config import as_config
@@ -79,8 +80,7 @@ def load(
         return model
     attach.check_adapter_name(adapter_name, [])
     read = checkpoint.read_adapter(model, path, strict=strict, **hub)
-    _put(model, read.plan, adapter_name, trainable=is_trainable)
-    checkpoint.fill_adapter(model, adapter_name, read.tensors)
+    model = _put(model, read.plan, adapter_name, trainable=is_trainable, tensors=read.tensors)
     return model if is_trainable else model.eval()
 
 
@@ -97,10 +97,14 @@ def merge(model: nn.Module, original: Path | None = None) -> nn.Module:
     return _wrapped(model, "merge").merge_and_unload(original=original)
 
 
-def _put(model: nn.Module, plan: Plan, name: str, *, trainable: bool) -> nn.Module:
+def _put(
+    model: nn.Module, plan: Plan, name: str, *, trainable: bool, tensors: Mapping[str, Tensor] | None = None
+) -> nn.Module:
+    """Wrap a plain model; whatever fails, it is plain again."""
     adapted = make_adapted(model)
     try:
         adapted.add_planned(plan, name, trainable=trainable)
+        checkpoint.fill_adapter(adapted, name, tensors or {})
     except BaseException:
         adapted.unload()
         raise

@@ -19,12 +19,7 @@ def wrapped(name, quantised=False):
     return pyadapt.wrap(model, LoraConfig(task_type=FAMILIES[name].task, init_lora_weights=False, r=4))
 
 
-RENAMED = pytest.mark.xfail(
-    strict=True, reason="transformers 5 writes ViT under older names; pyadapt/originals.py looks for the live ones"
-)
-
-
-@pytest.mark.parametrize("name", ["llama", "gpt2", "t5", "bert", "olmo", pytest.param("vit", marks=RENAMED)])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "t5", "bert", "olmo", "vit"])
 def test_from_the_original_weights(name, tmp_path, caplog):
     build(name).save_pretrained(tmp_path)
     model, dense = wrapped(name, quantised=True), wrapped(name)

@@ -32,6 +32,25 @@ TABLE = {
     ("store", torch.float32): Tolerance(1.2e-7, 0.0),
     ("store", torch.float16): Tolerance(1e-3, 1e-7),
     ("store", torch.bfloat16): Tolerance(4e-3, 0.0),
+    # The output of one layer of a model.
+    ("layer", torch.float64): Tolerance(1e-12, 1e-12),
+    ("layer", torch.float32): Tolerance(2e-6, 2e-6),
+    ("layer", torch.bfloat16): Tolerance(1e-2, 1e-2),
+    # Logits through a tiny model.
+    ("model", torch.float64): Tolerance(1e-11, 1e-11),
+    ("model", torch.float32): Tolerance(5e-6, 5e-6),
+    ("model", torch.bfloat16): Tolerance(3e-2, 3e-2),
+    # The gradient of an adapter's weight through it.
+    ("gradient", torch.float64): Tolerance(1e-11, 1e-11),
+    ("gradient", torch.float32): Tolerance(1e-5, 1e-5),
+    ("gradient", torch.bfloat16): Tolerance(4e-2, 4e-2),
+    # Over a few optimizer steps from the same start.
+    ("loss", torch.float32): Tolerance(1e-5, 1e-5),
+    ("loss", torch.bfloat16): Tolerance(2e-2, 2e-2),
+    # The weights or the output of a merged model, whose weights were rounded once more.
+    ("merged", torch.float64): Tolerance(1e-11, 1e-11),
+    ("merged", torch.float32): Tolerance(5e-6, 5e-6),
+    ("merged", torch.bfloat16): Tolerance(3e-2, 3e-2),
 }
 
 
@@ -58,11 +77,17 @@ def assert_close(
     if exact.numel() == 0:
         return
     row = tolerance(operation, dtype)
-    exact = exact.double()
+    exact = exact.detach().double()
+    assert bool(torch.isfinite(exact).all()), f"the oracle of {what} is not finite"
     largest = exact.abs().max() if part is None else torch.maximum(exact.abs().max(), part.abs().max())
-    excess = (value.double() - exact).abs() - (row.eps * exact.abs() + row.floor * largest)
+    excess = (value.detach().double() - exact).abs() - (row.eps * exact.abs() + row.floor * largest)
     # Written so that a NaN fails.
     assert bool((excess <= 0).all()), (
         f"{what} in {dtype}: off by {excess.nan_to_num(nan=float('inf')).max().item():.3g} more than {row} allows; "
         f"largest exact value {exact.abs().max().item():.3g}"
     )
+
+
+def assert_near(actual: Tensor, expected: Tensor, what: str, dtype: torch.dtype | None = None) -> None:
+    """Compare two ways of computing `what` in a model; `dtype` is the coarsest one on the way, or that of `expected`."""
+    assert_close(actual, expected, what, dtype or expected.dtype, what)

@@ -23,7 +23,7 @@ def quantize_rows_reference(w: Tensor) -> tuple[Tensor, Tensor]:
     peak = w.abs().amax(dim=1)
     _refuse_rows(~torch.isfinite(peak))
     scale = peak / LEVELS
-    q = torch.round(w / torch.where(scale > 0, scale, 1.0)[:, None]).clamp_(-LEVELS, LEVELS)
+    q = (w / torch.where(scale > 0, scale, 1.0)[:, None]).round_().clamp_(-LEVELS, LEVELS)
     return q.to(torch.int8), scale
 
 

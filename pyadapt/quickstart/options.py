@@ -40,10 +40,10 @@ class Options:
     method: str = "lora"
     base: str = "int8"
     rank: int = 16
-    epochs: int = 3
+    epochs: int = 2
     batch_size: int = 16
-    lr: float = 1.5e-3
-    max_length: int = 64
+    lr: float = 2e-3
+    max_length: int = 48
     seed: int = 0
     limit: int | None = None
     device: str = "auto"

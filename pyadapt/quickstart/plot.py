@@ -50,8 +50,8 @@ def _draw_accuracy(axes: Any, history: History, chance: float) -> None:
     steps, values = zip(*history.accuracies, strict=True)
     axes.plot(steps, values, color=ORANGE, linewidth=2, marker="o", markersize=6, clip_on=False, zorder=3)
     bold: dict[str, Any] = {"color": ORANGE, "fontweight": "bold"}
-    for which, side, rise in ((0, "left", 16), (-1, "right", 9)):
-        above = {"xytext": (0, rise), "textcoords": "offset points", "ha": side}
+    for which, side, aside, rise in ((0, "left", 4, 16), (-1, "right", 0, 9)):
+        above = {"xytext": (aside, rise), "textcoords": "offset points", "ha": side}
         axes.annotate(f"{values[which]:.1%}", (steps[which], values[which]), **above, **bold)
     axes.axhline(chance, color=INK, linewidth=1, linestyle=(0, (4, 3)), alpha=0.5)
     below = {"xytext": (0, -4), "textcoords": "offset points", "ha": "right", "va": "top"}
