@@ -7,7 +7,7 @@ import sys
 import sysconfig
 
 missing = []
-if sys.version_info < (3, 10):
+if sys.version_info < (3, 10):  # noqa: UP036 - an older interpreter may well run this file
     missing.append(f"Python 3.10 or newer (this is {sys.version.split()[0]}); set PYTHON=python3.11")
 if importlib.util.find_spec("ensurepip") is None:
     missing.append("the venv module's pip: apt-get install python3-venv")

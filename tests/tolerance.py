@@ -89,5 +89,5 @@ def assert_close(
 
 
 def assert_near(actual: Tensor, expected: Tensor, what: str, dtype: torch.dtype | None = None) -> None:
-    """Compare two ways of computing `what` in a model; `dtype` is the coarsest one on the way, or that of `expected`."""
+    """Compare two ways of computing `what`; `dtype` is the coarsest one on the way, or that of `expected`."""
     assert_close(actual, expected, what, dtype or expected.dtype, what)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tolerance import assert_near
+
 from .compare import copy_adapter_to_peft, peft_key, peft_twin, snapshot
 from .families import ALL, FAMILIES, Family, build, model_batch, plain_module
 
