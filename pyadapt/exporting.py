@@ -67,18 +67,18 @@ def _plain_state_dict(
     model: nn.Module, names: list[str], original: Path | None, report: MergeReport
 ) -> dict[str, Tensor]:
     """The state dict of the plain merged model, under the keys it had before wrapping."""
-    tensors: dict[str, Tensor] = {}
-    added: tuple[str, ...] = ()
-    for path, module in base_modules(model):
-        dot = f"{path}." if path else ""
-        if isinstance(module, (AdaptedLayer, SavedModule)):
-            added += (f"{dot}adapters.", f"{dot}copies.")
-    for key, tensor in model.state_dict().items():
-        if not key.startswith(added) if added else True:
-            tensors[key] = tensor
+    # The keys of what adapters have added, beside the layers' own.
+    added = tuple(
+        f"{path}.{name}."
+        for path, module in base_modules(model)
+        if isinstance(module, (AdaptedLayer, SavedModule))
+        for name in ("adapters", "copies")
+    )
+    tensors = {key: tensor for key, tensor in model.state_dict().items() if not key.startswith(added)}
     for path, layer, base, matrix in merged_weights(model, names, original, report):
+        for name in base.stored(layer):
+            del tensors[f"{path}.{name}"]
         tensors[f"{path}.weight"] = base.plain(layer, matrix)
-        tensors.pop(f"{path}.weight_scale", None)
     for path, module in base_modules(model):
         if isinstance(module, SavedModule):
             live = next((name for name in names if name in module.copies), None)

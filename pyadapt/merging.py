@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -12,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .base import BaseWeight, base_of
-from .base.dense import is_conv1d
-from .base.int8 import Int8
+from .base.kind import is_conv1d
 from .files import Path
 from .layer import AdaptedLayer, SavedModule, adapted_layers, base_modules, restore_layer
 from .originals import OriginalWeights
@@ -87,22 +85,20 @@ def merged_weights(
     for path, layer in list(base_modules(model)):
         base = base_of(layer)
         delta = layer.delta(tuple(names)) if isinstance(layer, AdaptedLayer) else None
-        if base is None or (delta is None and base is not Int8):
+        if base is None or (delta is None and not base.quantized):
             continue
-        matrix = base.matrix(layer)
-        source, error = DENSE, 0.0
-        if base is Int8 and originals is None:
-            source, error = DEQUANTIZED, _quantization_error(layer)
-        elif base is Int8:
-            assert originals is not None
-            plain = originals.read(path, base.plain(layer, matrix).shape)
-            matrix = (plain.t() if is_conv1d(layer) else plain).to(matrix.dtype)
-            source = ORIGINAL
+        if base.quantized and originals is not None:
+            source, matrix = ORIGINAL, _original_matrix(originals, path, layer, base)
+        else:
+            source, matrix = DEQUANTIZED if base.quantized else DENSE, base.matrix(layer)
         if delta is not None:
             matrix += delta
-        _check_finite(path, matrix, base.dtype(layer))
+        dtype = base.dtype(layer)
+        _check_finite(path, matrix, dtype)
         report.sources[path] = source
-        report.errors[path] = error if source == DEQUANTIZED else _rounding_error(matrix, base.dtype(layer))
+        report.errors[path] = (
+            base.quantization_error(layer) if source == DEQUANTIZED else _rounding_error(matrix, dtype)
+        )
         yield path, layer, base, matrix
 
 
@@ -166,9 +162,10 @@ def _rounding_error(matrix: Tensor, dtype: torch.dtype) -> float:
     return 0.0 if norm == 0 else float((matrix.to(dtype).to(matrix.dtype) - matrix).norm() / norm)
 
 
-def _quantization_error(layer: nn.Module) -> float:
-    weight, scale, _ = Int8.operands(layer)
-    assert scale is not None
-    squares = scale.double().square()
-    mass = (weight.to(torch.float32).square().sum(1).double() * squares).sum()
-    return 0.0 if mass == 0 else math.sqrt(float(squares.sum() * weight.shape[1] / 12 / mass))
+def _original_matrix(originals: OriginalWeights, path: str, layer: nn.Module, base: type[BaseWeight]) -> Tensor:
+    """The weight from before quantisation as a new (N, K) tensor, at least as wide as fp32."""
+    n, k = base.shape(layer)
+    transposed = is_conv1d(layer)
+    plain = originals.read(path, torch.Size((k, n) if transposed else (n, k)))
+    wide = torch.promote_types(base.dtype(layer), torch.float32)
+    return (plain.t() if transposed else plain).to(wide, copy=True)

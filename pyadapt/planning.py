@@ -171,7 +171,8 @@ def count_base_parameters(model: nn.Module) -> int:
     """Values of the base model, shared ones once; quantisation scales are not counted."""
     counted: dict[int, int] = {}
     for _, module in base_modules(model):
-        scales = {"weight_scale"} if hasattr(module, "dense_dtype") else set()
+        base = base_of(module)
+        scales = base.stored(module).keys() - {"weight"} if base is not None else set()
         for name, parameter in module.named_parameters(recurse=False):
             if name not in scales:
                 # ZeRO-3 leaves an empty tensor in place and keeps the true size beside it.

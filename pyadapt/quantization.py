@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .base import base_of
 from .base.dense import Dense
-from .base.int8 import Int8, make_int8
+from .base.int8 import make_int8
 from .layer import base_modules
 from .model import is_wrapped
 from .surgery import check_adoptable
@@ -71,11 +71,6 @@ def layers_to_quantize(model: nn.Module, skip: list[str] | None) -> list[str]:
         raise ValueError("the model has no dense linear layer to quantise (is it quantised already?)")
     _check_not_tied(model, chosen)
     return chosen
-
-
-def is_quantized(model: nn.Module) -> bool:
-    """Whether any layer of `model` holds int8 weights of pyadapt."""
-    return any(base_of(layer) is Int8 for _, layer in base_modules(model))
 
 
 def _remember_quantization(model: nn.Module, skip: list[str] | None) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from .base import base_of
-from .base.dense import is_conv1d
+from .base.kind import is_conv1d
 from .config import TASK_HEADS, AdapterConfig, TaskType
 from .layer import base_modules
 

@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .kind import BaseWeight, Operands, check_at_hand, register
-
-
-def is_conv1d(layer: Any) -> bool:
-    """Whether `layer` is transformers' Conv1D, the transposed linear layer of GPT-2."""
-    # Not imported for the question's sake: where transformers was never imported there is no such layer.
-    module = sys.modules.get("transformers.pytorch_utils")
-    return module is not None and isinstance(layer, module.Conv1D)
+from .kind import BaseWeight, Operands, check_at_hand, is_conv1d, register
 
 
 @register
@@ -66,12 +58,6 @@ class Dense(BaseWeight):
     def make_dense(layer: Any, matrix: Tensor) -> None:
         """See `BaseWeight.make_dense`."""
         Dense.assign(layer, matrix)
-
-    @staticmethod
-    def plain(layer: Any, matrix: Tensor) -> Tensor:
-        """See `BaseWeight.plain`."""
-        matrix = matrix.to(Dense.dtype(layer))
-        return matrix.t().contiguous() if is_conv1d(layer) else matrix
 
     @staticmethod
     def stored(layer: Any) -> dict[str, nn.Parameter]:

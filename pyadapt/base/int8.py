@@ -9,6 +9,7 @@ floating tensor.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from ..dtypes import output_dtype
 from ..ops import quantize  # noqa: F401 - defines the ops quantize_rows and dequantize_rows
 from ..ops.linear import FrozenLinear
 from ..surgery import adopt, release
-from .dense import Dense, is_conv1d
+from .dense import Dense
 from .kind import BaseWeight, Operands, check_at_hand, register
 
 # Elements of a weight that are quantised in one call.
@@ -49,6 +50,7 @@ class Int8(BaseWeight):
     """`weight` int8 (N, K) for `Linear` and `Conv1D` alike, with `weight_scale` beside it."""
 
     name = "int8"
+    quantized = True
 
     @staticmethod
     def accepts(layer: Any) -> bool:
@@ -94,15 +96,16 @@ class Int8(BaseWeight):
         layer.weight = nn.Parameter(plain, requires_grad=False)
 
     @staticmethod
-    def plain(layer: Any, matrix: Tensor) -> Tensor:
-        """See `BaseWeight.plain`."""
-        matrix = matrix.to(Int8.dtype(layer))
-        return matrix.t().contiguous() if is_conv1d(layer) else matrix
-
-    @staticmethod
     def stored(layer: Any) -> dict[str, nn.Parameter]:
         """See `BaseWeight.stored`."""
         return {"weight": layer.weight, "weight_scale": layer.weight_scale}
+
+    @staticmethod
+    def quantization_error(layer: Any) -> float:
+        """See `BaseWeight.quantization_error`; estimated: rounding is uniform, scale / sqrt(12) an element."""
+        squares = layer.weight_scale.view(torch.float32).double().square()
+        mass = (layer.weight.to(torch.float32).square().sum(1).double() * squares).sum()
+        return 0.0 if mass == 0 else math.sqrt(float(squares.sum() * layer.weight.shape[1] / 12 / mass))
 
 
 def make_int8(layer: Any) -> None:

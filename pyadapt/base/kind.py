@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -29,6 +30,8 @@ class BaseWeight:
     """A stateless description of one kind of layer weight; every method takes the layer, a `torch.nn.Module`."""
 
     name: ClassVar[str]
+    # Whether the stored weight is less exact than the one it was made from.
+    quantized: ClassVar[bool] = False
 
     @staticmethod
     def accepts(layer: Any) -> bool:
@@ -65,15 +68,28 @@ class BaseWeight:
         """Make `layer` a plain layer that holds `matrix` (N, K) in its original dtype."""
         raise NotImplementedError
 
-    @staticmethod
-    def plain(layer: Any, matrix: Tensor) -> Tensor:
+    @classmethod
+    def plain(cls, layer: Any, matrix: Tensor) -> Tensor:
         """`matrix` (N, K) as the plain layer would store it: original dtype and orientation."""
-        raise NotImplementedError
+        matrix = matrix.to(cls.dtype(layer))
+        return matrix.t().contiguous() if is_conv1d(layer) else matrix
 
     @staticmethod
     def stored(layer: Any) -> dict[str, nn.Parameter]:
-        """The parameters that hold the weight, by attribute name."""
+        """The parameters that hold the weight, by attribute name: `weight`, and what it is read with."""
         raise NotImplementedError
+
+    @staticmethod
+    def quantization_error(layer: Any) -> float:
+        """The relative error (Frobenius norm) that quantising has put into the weight, as far as it can be known."""
+        return 0.0
+
+
+def is_conv1d(layer: Any) -> bool:
+    """Whether `layer` is transformers' Conv1D, the transposed linear layer of GPT-2."""
+    # Not imported for the question's sake: where transformers was never imported there is no such layer.
+    module = sys.modules.get("transformers.pytorch_utils")
+    return module is not None and isinstance(layer, module.Conv1D)
 
 
 def check_at_hand(layer: nn.Module) -> None:

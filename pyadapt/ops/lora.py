@@ -92,36 +92,18 @@ _BACKWARD: dict[str, Callable[..., Any]] = {
 
 
 def _lora_forward(
-    x: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor | None,
-    bias: Tensor | None,
-    A: Tensor,
-    B: Tensor,
-    scaling: float,
-    dropout_p: float,
-    seed: Tensor | None,
-    out_dtype: torch.dtype,
+    x: Tensor, weight: Tensor, weight_scale: Any, bias: Any, A: Tensor, B: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor]:
+    out_dtype = rest[-1]
     route = routes.choose("forward", x, weight, A.shape[0], A.dtype, B.dtype, out_dtype)
-    return _FORWARD[route](x, weight, weight_scale, bias, A, B, scaling, dropout_p, seed, out_dtype)
+    return _FORWARD[route](x, weight, weight_scale, bias, A, B, *rest)
 
 
 def _lora_backward(
-    g: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor | None,
-    A: Tensor,
-    B: Tensor,
-    S: Tensor,
-    scaling: float,
-    dropout_p: float,
-    seed: Tensor | None,
-    need_dx: bool,
+    g: Tensor, x: Tensor, weight: Tensor, weight_scale: Any, A: Tensor, B: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     route = routes.choose("backward", g, weight, A.shape[0], x.dtype, A.dtype, B.dtype)
-    return _BACKWARD[route](g, x, weight, weight_scale, A, B, S, scaling, dropout_p, seed, need_dx)
+    return _BACKWARD[route](g, x, weight, weight_scale, A, B, *rest)
 
 
 def _lora_forward_fake(
