@@ -24,6 +24,7 @@ from pyadapt.ops.lora import LoraLinear
 
 SHAPES = [(512, 2048, 2048), (2048, 1024, 1024), (1024, 2048, 5504)]  # M, K, N
 QUICK_SHAPES = [(64, 256, 256)]
+DECODING, QUICK_DECODING = [(2048, 2048), (4096, 4096)], [(256, 256)]  # K, N
 RANK, SCALING, DROPOUT = 16, 2.0, 0.05
 SLOWEST = 4.0  # seconds a run, beyond which a case is left out unless asked for
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
@@ -164,12 +165,11 @@ def main(arguments: list[str] | None = None) -> None:
         title = f"forward + backward, {options.dtype}, M={M} K={K} N={N} r={RANK}"
         rows += report(title, interleave(cases, seconds), left_out, step="training", **columns)
 
-    K, N = (256, 256) if options.quick else (2048, 2048)
-    with torch.no_grad():
-        timings = interleave(decoding_cases(K, N), min(seconds, 3.0), most=2000)
-    rows += report(
-        f"forward of one token, bf16, K={K} N={N}", timings, {}, step="decoding", dtype="bf16", M=1, K=K, N=N
-    )
+    for K, N in QUICK_DECODING if options.quick else DECODING:
+        with torch.no_grad():
+            timings = interleave(decoding_cases(K, N), min(seconds, 4.0), most=3000)
+        columns = {"dtype": "bf16", "M": 1, "K": K, "N": N}
+        rows += report(f"forward of one token, bf16, K={K} N={N}", timings, {}, step="decoding", **columns)
     if options.csv:
         write_csv(options.csv, rows)
 

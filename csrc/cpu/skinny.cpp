@@ -12,6 +12,7 @@ namespace {
 
 constexpr std::int64_t rows_at_once = 4;       // rows of x that share a widened W
 constexpr std::int64_t cols_at_once = 8;       // rows of W that one task turns into columns of y
+constexpr std::int64_t prefetch_bytes = 2048;  // of W, ahead of the multiply-adds
 constexpr std::int64_t serial_work = 1 << 16;  // multiply-adds below which a team costs more than it saves
 
 // sums[i, j] = x[i, :] weight[n + j, :]' for R rows of x and C rows of W.
@@ -47,10 +48,13 @@ void dot_one(const float* x, std::int64_t K, const Operand& weight, std::int64_t
     Floats acc[parts] = {};
     const std::int64_t row = n * weight.row_stride;
     std::int64_t k = 0;
-    for (; k + parts * width <= K; k += parts * width)
+    for (; k + parts * width <= K; k += parts * width) {
+        // Rows lie one after another: past the end of this one comes the next.
+        __builtin_prefetch(static_cast<const char*>(weight.data) + (row + k) * size_of(dtype) + prefetch_bytes);
 #pragma GCC unroll 8
         for (int part = 0; part < parts; ++part)
             acc[part] += load<Floats>(x + k + part * width) * load_floats<dtype>(weight.data, row + k + part * width);
+    }
     for (; k + width <= K; k += width) acc[0] += load<Floats>(x + k) * load_floats<dtype>(weight.data, row + k);
     if (k < K) acc[1] += load_tail<DType::f32>(x, k, K - k) * load_tail<dtype>(weight.data, row + k, K - k);
     *sums = sum((acc[0] + acc[1]) + (acc[2] + acc[3]));
