@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 METHODS: dict[str, type[LayerMethod]] = {}
 
 
-class AdapterUnit(nn.Module):
+class AdapterUnit(nn.Module, abc.ABC):
     """The weights of one adapter on one layer: a leaf module with its own parameters.
 
     A layer never reads these parameters; it calls the unit and passes itself. So each engine that gathers
@@ -26,6 +27,7 @@ class AdapterUnit(nn.Module):
     # Attribute of the unit -> what follows the layer's path in a PEFT file.
     file_keys: ClassVar[dict[str, str]] = {}
 
+    @abc.abstractmethod
     def forward(self, x: Tensor, owner: nn.Module, y: Tensor | None = None) -> Tensor:
         """The layer's output with this adapter in it.
 
@@ -35,34 +37,30 @@ class AdapterUnit(nn.Module):
             y: None when this adapter comes first and computes the frozen product as well, in one kernel; else the
                 output so far, (..., N), to which the adapter's term is added.
         """
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def delta(self) -> Tensor:
         """What the adapter adds to the weight: (N, K), fp32 (fp64 for an fp64 adapter)."""
-        raise NotImplementedError
-
-    def file_tensors(self) -> dict[str, nn.Parameter]:
-        """The parameters by the key suffix they have in a PEFT file."""
-        return {suffix: getattr(self, name) for name, suffix in self.file_keys.items()}
 
 
-class LayerMethod:
+class LayerMethod(abc.ABC):
     """A method that gives each targeted layer an `AdapterUnit`."""
 
     peft_type: ClassVar[str]
     config_class: ClassVar[type[AdapterConfig]]
 
     @staticmethod
+    @abc.abstractmethod
     def shapes(config: Any, path: str, out_features: int, in_features: int) -> dict[str, tuple[int, ...]]:
         """Shapes of the unit's tensors, by key suffix in a PEFT file, for the layer at `path`."""
-        raise NotImplementedError
 
     @staticmethod
+    @abc.abstractmethod
     def rank(config: Any, path: str) -> int:
         """The rank that decides the kernel's route for the layer at `path`; 0 where there is none."""
-        raise NotImplementedError
 
     @staticmethod
+    @abc.abstractmethod
     def make_unit(
         config: Any,
         path: str,
@@ -72,9 +70,9 @@ class LayerMethod:
         dtype: torch.dtype,
     ) -> AdapterUnit:
         """A freshly initialised unit for the layer at `path`."""
-        raise NotImplementedError
 
     @staticmethod
+    @abc.abstractmethod
     def check(config: Any, model: nn.Module, paths: list[str]) -> None:
         """Refuse, before anything is changed, what fits the configuration but not these layers of this model."""
 

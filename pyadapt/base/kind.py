@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import sys
 from typing import Any, ClassVar, NamedTuple
 
@@ -26,7 +27,7 @@ class Operands(NamedTuple):
     bias: Tensor | None
 
 
-class BaseWeight:
+class BaseWeight(abc.ABC):
     """A stateless description of one kind of layer weight; every method takes the layer, a `torch.nn.Module`."""
 
     name: ClassVar[str]
@@ -34,39 +35,39 @@ class BaseWeight:
     quantized: ClassVar[bool] = False
 
     @staticmethod
+    @abc.abstractmethod
     def accepts(layer: Any) -> bool:
         """Whether `layer` holds its weight in this way."""
-        raise NotImplementedError
 
     @staticmethod
+    @abc.abstractmethod
     def shape(layer: Any) -> tuple[int, int]:
         """(N, K): output and input features, whatever the storage looks like at the moment."""
-        raise NotImplementedError
 
     @staticmethod
+    @abc.abstractmethod
     def dtype(layer: Any) -> torch.dtype:
         """The floating dtype that the weight has, or had before it was quantised."""
-        raise NotImplementedError
 
     @staticmethod
+    @abc.abstractmethod
     def operands(layer: Any) -> Operands:
         """Read the weight, inside the forward of `layer` or in backward. The result must not be kept."""
-        raise NotImplementedError
 
     @staticmethod
+    @abc.abstractmethod
     def matrix(layer: Any) -> Tensor:
         """The weight as a new (N, K) tensor in fp32, or fp64 for an fp64 weight."""
-        raise NotImplementedError
 
     @staticmethod
+    @abc.abstractmethod
     def assign(layer: Any, matrix: Tensor) -> None:
         """Write `matrix` (N, K) into the layer, in this kind's own storage."""
-        raise NotImplementedError
 
     @staticmethod
+    @abc.abstractmethod
     def make_dense(layer: Any, matrix: Tensor) -> None:
         """Make `layer` a plain layer that holds `matrix` (N, K) in its original dtype."""
-        raise NotImplementedError
 
     @classmethod
     def plain(cls, layer: Any, matrix: Tensor) -> Tensor:
@@ -75,9 +76,9 @@ class BaseWeight:
         return matrix.t().contiguous() if is_conv1d(layer) else matrix
 
     @staticmethod
+    @abc.abstractmethod
     def stored(layer: Any) -> dict[str, nn.Parameter]:
         """The parameters that hold the weight, by attribute name: `weight`, and what it is read with."""
-        raise NotImplementedError
 
     @staticmethod
     def quantization_error(layer: Any) -> float:
