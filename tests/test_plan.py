@@ -24,7 +24,7 @@ def test_plan_changes_nothing_and_agrees_with_wrap(name):
     assert [layer.path for layer in plan.layers] == list(units)
     for layer in plan.layers:
         unit, module = units[layer.path], model.get_submodule(layer.path)
-        assert {key: tuple(p.shape) for key, p in unit.file_tensors().items()} == layer.shapes
+        assert {suffix: tuple(getattr(unit, name).shape) for name, suffix in unit.file_keys.items()} == layer.shapes
         assert layer.parameters == sum(p.numel() for p in unit.parameters())
         assert layer.layer == type(module).__name__
         assert layer.rank == unit.lora_A.shape[0]
