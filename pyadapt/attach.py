@@ -42,7 +42,8 @@ def attach(model: nn.Module, plan: Plan, name: str) -> None:
         layer = model.get_submodule(row.path)
         base = base_of(layer)
         assert base is not None
-        unit = plan.method.make_unit(plan.config, row.path, base, layer, _home_of(layer), adapter_dtype_of(layer))
+        dtype = adapter_dtype(base.dtype(layer))
+        unit = plan.method.make_unit(plan.config, row.path, base, layer, _home_of(layer), dtype)
         units.append((layer, base, unit.train(layer.training)))
     copies = [(module, _trainable_copy(module)) for module in map(model.get_submodule, plan.saved)]
     try:
@@ -82,7 +83,7 @@ def choose_live(model: nn.Module, names: Sequence[str], *, merged: bool) -> None
     for _, layer in adapted_layers(model):
         layer.live = () if merged else tuple(name for name in names if name in layer.adapters)
     for _, module in saved_modules(model):
-        module.live_copy = next((name for name in names if name in module.copies), None)
+        module.live_copy = module.copy_among(names)
 
 
 def adapter_parameters(model: nn.Module, name: str) -> Iterator[nn.Parameter]:
@@ -99,13 +100,6 @@ def set_trainable(model: nn.Module, name: str, trainable: bool) -> None:
     """Freeze or thaw the adapter called `name`."""
     for parameter in adapter_parameters(model, name):
         parameter.requires_grad_(trainable)
-
-
-def adapter_dtype_of(layer: nn.Module) -> torch.dtype:
-    """The dtype of new adapter weights on `layer`."""
-    base = base_of(layer)
-    assert base is not None
-    return adapter_dtype(base.dtype(layer))
 
 
 def _home_of(layer: nn.Module) -> torch.device:

@@ -14,7 +14,7 @@ from .files import Path, write_safetensors
 from .integrations.transformers import forget_quantization, is_transformers_model
 from .layer import AdaptedLayer, SavedModule, base_modules
 from .merging import MergeReport, merged_weights
-from .model import is_wrapped
+from .model import forget_adapters, is_wrapped
 from .surgery import original_class
 
 
@@ -81,7 +81,7 @@ def _plain_state_dict(
         tensors[f"{path}.weight"] = base.plain(layer, matrix)
     for path, module in base_modules(model):
         if isinstance(module, SavedModule):
-            live = next((name for name in names if name in module.copies), None)
+            live = module.copy_among(names)
             if live is not None:
                 tensors.update({f"{path}.{key}": value for key, value in module.copies[live].state_dict().items()})
     return tensors
@@ -91,8 +91,7 @@ def _plain_twin(model: nn.Module) -> Any:
     """The model's outer object once more, with its original class and a plain config: for its save method only."""
     twin = copy.copy(model)
     twin.__class__ = original_class(model)
-    for attribute in ("peft_config", "adapter_state", "_hf_peft_config_loaded"):
-        twin.__dict__.pop(attribute, None)
+    forget_adapters(twin)
     twin.config = copy.deepcopy(model.config)
     forget_quantization(twin)
     return twin

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -87,6 +87,10 @@ class SavedModule(nn.Module):
         if self.live_copy is None:
             return super().forward(*args, **kwargs)
         return self.copies[self.live_copy](*args, **kwargs)
+
+    def copy_among(self, names: Sequence[str]) -> str | None:
+        """The first of the adapters `names` that trains this module, which is the one whose copy answers."""
+        return next((name for name in names if name in self.copies), None)
 
 
 def add_copy(module: nn.Module, name: str, copy: nn.Module) -> None:

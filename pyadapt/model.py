@@ -15,7 +15,7 @@ from .config import AdapterConfig, as_config
 from .files import Path
 from .integrations.transformers import forget_quantization, is_transformers_model
 from .layer import saved_modules
-from .planning import Plan, count_base_parameters, make_plan
+from .planning import Plan, count_base_parameters, count_values, make_plan
 from .surgery import adopt, is_adopted_by, release
 
 
@@ -205,7 +205,7 @@ class AdaptedModel(nn.Module):
             self.unmerge_adapter()
         report = merging.merge_to_plain(self, names, original)
         for _, module in saved_modules(self):
-            live = next((name for name in names if name in module.copies), None)
+            live = module.copy_among(names)
             if live is not None:
                 merging.take_over(self, module, module.copies[live])
         model = self.unload()
@@ -224,8 +224,7 @@ class AdaptedModel(nn.Module):
             if name in self.adapter_state.trained_before:
                 parameter.requires_grad_(True)
         release(self, AdaptedModel)
-        for attribute in ("peft_config", "adapter_state", "_hf_peft_config_loaded"):
-            del self.__dict__[attribute]
+        forget_adapters(self)
         return self
 
     def get_base_model(self) -> nn.Module:
@@ -291,8 +290,8 @@ class AdaptedModel(nn.Module):
         """(trained values, all values); each value of the base counts once, also where a copy of it is trained."""
         units = [p for name in self.peft_config for p in attach.adapter_parameters(self, name)]
         copies = {id(p) for _, module in saved_modules(self) for p in module.copies.parameters()}
-        trained = sum(_count(p) for p in self.parameters() if p.requires_grad)
-        return trained, count_base_parameters(self) + sum(_count(p) for p in units if id(p) not in copies)
+        trained = sum(count_values(p) for p in self.parameters() if p.requires_grad)
+        return trained, count_base_parameters(self) + sum(count_values(p) for p in units if id(p) not in copies)
 
     def print_trainable_parameters(self) -> None:
         """Print the trained and all parameters, and their ratio in percent."""
@@ -362,6 +361,12 @@ def _is_checkpointing(model: nn.Module) -> bool:
     return known is not None and bool(getattr(model, known))
 
 
+def forget_adapters(model: nn.Module) -> None:
+    """Take off a model what `make_adapted` has set on it."""
+    for attribute in ("peft_config", "adapter_state", "_hf_peft_config_loaded"):
+        model.__dict__.pop(attribute, None)
+
+
 def _config_and_name(*args: Any, **kwargs: Any) -> tuple[Any, str]:
     """Sort out the argument orders of PEFT and transformers."""
     _check_only(kwargs, "adapter_name", "peft_config", "adapter_config", "config")
@@ -377,10 +382,6 @@ def _check_only(given: dict[str, Any], *allowed: str) -> None:
     extra = sorted(given.keys() - set(allowed))
     if extra:
         raise TypeError(f"unexpected argument {', '.join(map(repr, extra))}; known are {', '.join(allowed)}")
-
-
-def _count(parameter: nn.Parameter) -> int:
-    return getattr(parameter, "ds_numel", parameter.numel())
 
 
 def _upload(folder: Path, repo_id: str, token: Any = None, private: bool | None = None, **commit: Any) -> None:

@@ -167,6 +167,11 @@ def _check_not_on_disk(path: str, layer: nn.Module) -> None:
         )
 
 
+def count_values(parameter: nn.Parameter) -> int:
+    """How many values `parameter` has; ZeRO-3 leaves an empty tensor in place and keeps the true size beside it."""
+    return getattr(parameter, "ds_numel", parameter.numel())
+
+
 def count_base_parameters(model: nn.Module) -> int:
     """Values of the base model, shared ones once; quantisation scales are not counted."""
     counted: dict[int, int] = {}
@@ -175,8 +180,7 @@ def count_base_parameters(model: nn.Module) -> int:
         scales = base.stored(module).keys() - {"weight"} if base is not None else set()
         for name, parameter in module.named_parameters(recurse=False):
             if name not in scales:
-                # ZeRO-3 leaves an empty tensor in place and keeps the true size beside it.
-                counted[id(parameter)] = getattr(parameter, "ds_numel", parameter.numel())
+                counted[id(parameter)] = count_values(parameter)
     return sum(counted.values())
 
 
@@ -212,4 +216,4 @@ def _plan_saved(path: str, module: nn.Module) -> int:
             f"modules_to_save: {path!r} is quantised ({frozen[0]}) and cannot be trained; "
             f"leave it out with quantize(model, skip=[..., {path!r}])"
         )
-    return sum(parameter.numel() for name, parameter in module.named_parameters() if not name.startswith("copies."))
+    return sum(count_values(p) for name, p in module.named_parameters() if not name.startswith("copies."))

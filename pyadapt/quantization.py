@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .base import base_of
 from .base.dense import Dense
 from .base.int8 import make_int8
+from .integrations.transformers import is_transformers_model, mark_quantized
 from .layer import base_modules
 from .model import is_wrapped
 from .surgery import check_adoptable
@@ -52,7 +53,8 @@ def quantize(model: nn.Module, scheme: str = "int8", skip: Iterable[str] | None 
             )
     for path in paths:
         make_int8(model.get_submodule(path))
-    _remember_quantization(model, skip)
+    if is_transformers_model(model):
+        mark_quantized(model, skip)
     return model
 
 
@@ -71,14 +73,6 @@ def layers_to_quantize(model: nn.Module, skip: list[str] | None) -> list[str]:
         raise ValueError("the model has no dense linear layer to quantise (is it quantised already?)")
     _check_not_tied(model, chosen)
     return chosen
-
-
-def _remember_quantization(model: nn.Module, skip: list[str] | None) -> None:
-    """Tell transformers, where the model is one of its own, so that saving and loading keep the int8 weights."""
-    from .integrations.transformers import is_transformers_model, mark_quantized
-
-    if is_transformers_model(model):
-        mark_quantized(model, skip)
 
 
 def _is_finite(weight: Tensor) -> bool:
