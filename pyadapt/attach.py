@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import nn
 
-from .base import base_of
+from .base import BaseWeight, base_of
 from .dtypes import adapter_dtype
 from .layer import (
     SavedModule,
@@ -42,8 +42,9 @@ def attach(model: nn.Module, plan: Plan, name: str) -> None:
         layer = model.get_submodule(row.path)
         base = base_of(layer)
         assert base is not None
-        dtype = adapter_dtype(base.dtype(layer))
-        unit = plan.method.make_unit(plan.config, row.path, base, layer, _home_of(layer), dtype)
+        dtype = adapter_dtype(base.dtype(layer), plan.config.adapter_dtype)
+        unit = row.unit_class(plan.config, row.path, base, layer, _home_of(base, layer), dtype)
+        unit.initialize(plan.config, row.path, base, layer)
         units.append((layer, base, unit.train(layer.training)))
     copies = [(module, _trainable_copy(module)) for module in map(model.get_submodule, plan.saved)]
     try:
@@ -60,14 +61,14 @@ def detach(model: nn.Module, name: str) -> None:
     """Take the adapter called `name` off; a layer that has no other becomes a plain layer again."""
     for _, layer in list(adapted_layers(model)):
         if name in layer.adapters:
+            layer.adapters.choose([other for other in layer.adapters.live_names if other != name])
             del layer.adapters[name]
-            layer.live = tuple(other for other in layer.live if other != name)
             if not len(layer.adapters):
                 restore_layer(layer)
     for _, module in list(saved_modules(model)):
         if name in module.copies:
+            module.copies.choose([other for other in module.copies.live_names if other != name])
             del module.copies[name]
-            module.live_copy = None if module.live_copy == name else module.live_copy
             if not len(module.copies):
                 restore_module(module)
 
@@ -81,9 +82,10 @@ def choose_live(model: nn.Module, names: Sequence[str], *, merged: bool) -> None
         merged: whether their weights are in the base weights already, so that only whole modules still answer.
     """
     for _, layer in adapted_layers(model):
-        layer.live = () if merged else tuple(name for name in names if name in layer.adapters)
+        layer.adapters.choose([] if merged else [name for name in names if name in layer.adapters])
     for _, module in saved_modules(model):
-        module.live_copy = module.copy_among(names)
+        live = module.copy_among(names)
+        module.copies.choose([] if live is None else [live])
 
 
 def adapter_parameters(model: nn.Module, name: str) -> Iterator[nn.Parameter]:
@@ -102,9 +104,9 @@ def set_trainable(model: nn.Module, name: str, trainable: bool) -> None:
         parameter.requires_grad_(trainable)
 
 
-def _home_of(layer: nn.Module) -> torch.device:
+def _home_of(base: type[BaseWeight], layer: nn.Module) -> torch.device:
     """The device that `layer` computes on: its weight's, or its hook's while accelerate keeps the weight elsewhere."""
-    device: torch.device = layer.weight.device  # type: ignore[assignment]
+    device = next(iter(base.stored(layer).values())).device
     hook_device = getattr(getattr(layer, "_hf_hook", None), "execution_device", None)
     return torch.device(hook_device) if device.type == "meta" and hook_device is not None else device
 

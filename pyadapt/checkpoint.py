@@ -129,12 +129,9 @@ def _places(model: nn.Module, name: str) -> Iterator[tuple[str, str, Tensor]]:
         unit = layer.unit(name)
         if unit is None:
             continue
-        for attribute, suffix in unit.file_keys.items():
-            yield (
-                f"{KEY_PREFIX}{path}.{suffix}",
-                f"{path}.adapters.{name}.{attribute}",
-                getattr(unit, attribute),
-            )
+        for attribute, parameter in unit.named_parameters(recurse=False):
+            suffix = unit.file_keys[attribute]
+            yield f"{KEY_PREFIX}{path}.{suffix}", f"{path}.adapters.{name}.{attribute}", parameter
     for path, module in saved_modules(model):
         if name in module.copies:
             for key, tensor in module.copies[name].state_dict(keep_vars=True).items():

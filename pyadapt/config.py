@@ -15,6 +15,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
+from .dtypes import ADAPTER_DTYPES, LIKE_BASE
+
 ADAPTER_CONFIG_FILE = "adapter_config.json"
 # The version of PEFT whose file layout is written.
 PEFT_FORMAT_VERSION = "0.21.2"
@@ -50,19 +52,25 @@ class AdapterConfig:
         base_model_name_or_path: where the base model came from; filled in when saved.
         revision: hub revision of the base model.
         inference_mode: written true in files, as PEFT does; a loaded adapter is frozen unless asked otherwise.
+        adapter_dtype: dtype of the adapter's weights: "float32", "bfloat16", "float16", "float64" (or the torch dtype),
+            "base" for that of the weight it adapts; None is float32, over a float64 weight float64. Files leave it out.
     """
 
     peft_type: ClassVar[str] = ""
     # Keys of PEFT's file that this method has no use for, with the one value that changes nothing.
     neutral_keys: ClassVar[dict[str, Any]] = {}
+    # Fields that say how an adapter runs here, not what it is: left out of files.
+    runtime_keys: ClassVar[tuple[str, ...]] = ("adapter_dtype",)
 
     task_type: TaskType | str | None = None
     base_model_name_or_path: str | None = None
     revision: str | None = None
     inference_mode: bool = False
     auto_mapping: dict[str, Any] | None = None
+    adapter_dtype: str | None = None
 
     def __post_init__(self) -> None:
+        self.adapter_dtype = _dtype_name(self.adapter_dtype)
         if self.task_type is not None:
             try:
                 self.task_type = TaskType(self.task_type)
@@ -77,7 +85,8 @@ class AdapterConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Every key that PEFT writes for this method, JSON-ready; sets come out sorted."""
-        own = {field.name: _to_json(getattr(self, field.name)) for field in dataclasses.fields(self)}
+        fields = [field.name for field in dataclasses.fields(self) if field.name not in self.runtime_keys]
+        own = {name: _to_json(getattr(self, name)) for name in fields}
         written = {
             **self.neutral_keys,
             **own,
@@ -178,6 +187,13 @@ def _unknown_key(key: str, target: type[AdapterConfig], known: set[str]) -> str:
     near = difflib.get_close_matches(key, known, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     return f"{target.__name__} has no key {key!r}{hint}"
+
+
+def _dtype_name(dtype: Any) -> str | None:
+    name = None if dtype is None else str(dtype).removeprefix("torch.")
+    if name is not None and name != LIKE_BASE and name not in ADAPTER_DTYPES:
+        raise ValueError(f"adapter_dtype={dtype!r} is not one of {', '.join([*ADAPTER_DTYPES, LIKE_BASE])}")
+    return name
 
 
 def _parse(source: str | os.PathLike[str], parser: Any, kind: str) -> Mapping[str, Any]:

@@ -21,6 +21,23 @@ def output_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
-def adapter_dtype(weight: torch.dtype) -> torch.dtype:
-    """The dtype of new adapter weights over a base of dtype `weight`: fp32, except over fp64."""
+# What `adapter_dtype` of a configuration may say, beside None for the default.
+ADAPTER_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
+LIKE_BASE = "base"
+
+
+def adapter_dtype(weight: torch.dtype, wanted: str | None = None) -> torch.dtype:
+    """The dtype of new adapter weights over a base of dtype `weight`.
+
+    By default fp32, except over fp64; `wanted` is a name in `ADAPTER_DTYPES`, or `LIKE_BASE` for that of the weight.
+    """
+    if wanted == LIKE_BASE:
+        return weight
+    if wanted is not None:
+        return ADAPTER_DTYPES[wanted]
     return torch.float64 if weight == torch.float64 else torch.float32

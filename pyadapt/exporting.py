@@ -75,10 +75,10 @@ def _plain_state_dict(
         for name in ("adapters", "copies")
     )
     tensors = {key: tensor for key, tensor in model.state_dict().items() if not key.startswith(added)}
-    for path, layer, base, matrix in merged_weights(model, names, original, report):
-        for name in base.stored(layer):
-            del tensors[f"{path}.{name}"]
-        tensors[f"{path}.weight"] = base.plain(layer, matrix)
+    for merged in merged_weights(model, names, original, report):
+        for name in merged.base.stored(merged.layer):
+            del tensors[f"{merged.path}.{name}"]
+        tensors.update({f"{merged.path}.{name}": value for name, value in merged.plain().items()})
     for path, module in base_modules(model):
         if isinstance(module, SavedModule):
             live = module.copy_among(names)

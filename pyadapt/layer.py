@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 
 from .base import BaseWeight, Operands
@@ -13,40 +12,55 @@ from .method import AdapterUnit
 from .surgery import adopt, release
 
 
+class LiveDict(nn.ModuleDict):
+    """A `ModuleDict` that knows which of its entries are at work.
+
+    `live` holds the modules themselves, not their names: torch.compile guards on a name and would compile again at each
+    switch, while another module of the same shapes passes.
+    """
+
+    live: tuple[nn.Module, ...] = ()
+    live_names: tuple[str, ...] = ()
+
+    def choose(self, names: Sequence[str]) -> None:
+        """Let the entries called `names`, in order, be at work."""
+        self.live_names = tuple(names)
+        self.live = tuple(self[name] for name in names)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """FSDP1 puts a wrapper into the place of an entry in this way; the wrapper is then what is at work."""
+        super().__setattr__(name, value)
+        if name in self.live_names:
+            self.choose(self.live_names)
+
+
 class AdaptedLayer(nn.Module):
-    """Mixin of a linear layer that carries adapters: `adapters`, one `AdapterUnit` a name, beside its `weight`.
+    """Mixin of a layer that carries adapters: `adapters`, one `AdapterUnit` a name, beside its `weight`.
 
     Attributes:
-        live: names of the adapters that take part in forward, in order; empty means the plain layer.
+        adapters: the units by adapter name, and which of them take part in forward; none means the plain layer.
         base: the kind of frozen weight.
         unmerged: the stored weight from before a merge, so that unmerging is exact; None when nothing is merged.
     """
 
-    adapters: nn.ModuleDict
-    live: tuple[str, ...]
+    adapters: LiveDict
     base: type[BaseWeight]
     unmerged: dict[str, Tensor] | None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (..., K) -> (..., N)."""
-        if not self.live:
-            return super().forward(x)
-        y: Tensor | None = None
-        for name in self.live:
-            # The unit gets the layer, not its weight: a tensor that crosses a module boundary is kept alive
-            # in full by ZeRO-3's hooks.
-            y = self.adapters[name](x, self, y)
-        assert y is not None
-        return y
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The layer's own forward with its live adapters in it."""
+        live: Any = self.adapters.live
+        if not live:
+            return super().forward(*args, **kwargs)
+        return live[0].run(live, self, *args, **kwargs)
+
+    def frozen(self, *args: Any, **kwargs: Any) -> Any:
+        """The layer's own forward, without adapters."""
+        return super().forward(*args, **kwargs)
 
     def operands(self) -> Operands:
         """The frozen weight, its scale and the bias, for a kernel to read now."""
         return self.base.operands(self)
-
-    def delta(self, names: tuple[str, ...]) -> Tensor | None:
-        """What the named adapters add to the weight, (N, K), or None if none of them is on this layer."""
-        deltas = [unit.delta() for name in names if (unit := self.unit(name)) is not None]
-        return torch.stack(deltas).sum(0) if len(deltas) > 1 else (deltas[0] if deltas else None)
 
     def unit(self, name: str) -> AdapterUnit | None:
         """The unit of the adapter called `name`, or None."""
@@ -59,34 +73,30 @@ def add_unit(layer: nn.Module, base: type[BaseWeight], name: str, unit: AdapterU
     """Put `unit` on `layer` under `name`, making it an adapted layer if it is not one yet."""
     if not isinstance(layer, AdaptedLayer):
         layer = adopt(layer, AdaptedLayer)
-        layer.adapters = nn.ModuleDict().train(layer.training)
-        layer.live, layer.base, layer.unmerged = (), base, None
+        layer.adapters = LiveDict().train(layer.training)
+        layer.base, layer.unmerged = base, None
     layer.adapters[name] = unit
 
 
 def restore_layer(layer: AdaptedLayer) -> None:
     """Make an adapted layer what it was before; its weight stays as it is now."""
     release(layer, AdaptedLayer)
-    del layer.adapters, layer.live, layer.base, layer.unmerged
+    del layer.adapters, layer.base, layer.unmerged
 
 
 class SavedModule(nn.Module):
     """Mixin of a module that adapters train whole: `copies` holds one trained copy an adapter.
 
     The module's own parameters stay frozen and in place, so that disabling and unwrapping give the base model back.
-
-    Attributes:
-        live_copy: the adapter whose copy answers for the module; None means the module itself.
+    The copy at work answers for the module; without one it answers itself.
     """
 
-    copies: nn.ModuleDict
-    live_copy: str | None
+    copies: LiveDict
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The forward of the live copy."""
-        if self.live_copy is None:
-            return super().forward(*args, **kwargs)
-        return self.copies[self.live_copy](*args, **kwargs)
+        live = self.copies.live
+        return live[0](*args, **kwargs) if live else super().forward(*args, **kwargs)
 
     def copy_among(self, names: Sequence[str]) -> str | None:
         """The first of the adapters `names` that trains this module, which is the one whose copy answers."""
@@ -97,15 +107,14 @@ def add_copy(module: nn.Module, name: str, copy: nn.Module) -> None:
     """Let `copy` answer for `module` when the adapter called `name` is live."""
     if not isinstance(module, SavedModule):
         module = adopt(module, SavedModule)
-        module.copies = nn.ModuleDict().train(module.training)
-        module.live_copy = None
+        module.copies = LiveDict().train(module.training)
     module.copies[name] = copy
 
 
 def restore_module(module: SavedModule) -> None:
     """Make a saved module what it was before."""
     release(module, SavedModule)
-    del module.copies, module.live_copy
+    del module.copies
 
 
 def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -114,10 +123,10 @@ def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for path, module in model.named_modules():
         if module in added:
             continue
+        if isinstance(module, LiveDict):
+            added.update(module.modules())
+            continue
         yield path, module
-        for container in (module.__dict__["_modules"].get(name) for name in ("adapters", "copies")):
-            if container is not None and isinstance(module, (AdaptedLayer, SavedModule)):
-                added.update(container.modules())
 
 
 def adapted_layers(model: nn.Module) -> Iterator[tuple[str, AdaptedLayer]]:

@@ -6,6 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from .base import BaseWeight, base_of
 from .base.kind import is_conv1d
 from .files import Path
 from .layer import AdaptedLayer, SavedModule, adapted_layers, base_modules, restore_layer
+from .method import AdapterUnit
 from .originals import OriginalWeights
 
 logger = logging.getLogger("pyadapt")
@@ -47,17 +49,59 @@ class MergeReport:
         return "\n".join(lines) or "no layers merged"
 
 
+@dataclass(frozen=True)
+class MergedLayer:
+    """A layer's weights with adapters folded in.
+
+    Attributes:
+        path: dotted path in the model.
+        layer: the layer itself.
+        base: the kind of its frozen weight.
+        matrix: the merged weight, as `BaseWeight.matrix` shapes it.
+        bias: the merged bias, or None where the adapters leave the layer's own.
+    """
+
+    path: str
+    layer: Any
+    base: type[BaseWeight]
+    matrix: Tensor
+    bias: Tensor | None
+
+    def plain(self) -> dict[str, Tensor]:
+        """The parameters of the plain layer that have changed, by attribute."""
+        plain = self.base.plain(self.layer, self.matrix)
+        return plain if self.bias is None else {**plain, "bias": self.bias.to(self.layer.bias.dtype)}
+
+    def check_finite(self) -> None:
+        """Refuse a NaN or an infinity, also one that comes from rounding to the stored dtype."""
+        dtype = self.base.dtype(self.layer)
+        for values in (self.matrix, self.bias):
+            if values is not None and not bool(torch.isfinite(values.to(dtype)).all()):
+                raise ValueError(
+                    f"merging would put a NaN or an infinity into {self.path} ({dtype}); the model is unchanged. "
+                    "Look for a NaN in the adapter's weights, or a scaling too large for the dtype"
+                )
+
+    def rounding_error(self) -> float:
+        """The relative error (Frobenius norm) that storing the weight in its dtype makes."""
+        norm = self.matrix.norm()
+        stored = self.matrix.to(self.base.dtype(self.layer)).to(self.matrix.dtype)
+        return 0.0 if norm == 0 else float((stored - self.matrix).norm() / norm)
+
+
 def merge_in_place(model: nn.Module, names: Sequence[str]) -> None:
     """Fold the named adapters into their layers' own storage, keeping the old weights so that unmerging is exact.
 
     Raises:
         ValueError: a merged weight would hold a NaN or an infinity; nothing was changed.
     """
-    for path, layer, matrix in _merged_layers(model, names):
-        _check_finite(path, matrix, layer.base.dtype(layer))
-    for _, layer, matrix in _merged_layers(model, names):
-        layer.unmerged = {name: p.detach().clone() for name, p in layer.base.stored(layer).items()}
-        layer.base.assign(layer, matrix)
+    for merged in _merged_in_place(model, names):
+        merged.check_finite()
+    for merged in _merged_in_place(model, names):
+        layer = merged.layer
+        layer.unmerged = {name: value.detach().clone() for name, value in _replaced(layer, merged.bias).items()}
+        layer.base.assign(layer, merged.matrix)
+        _assign_bias(layer, merged.bias)
 
 
 def unmerge_in_place(model: nn.Module) -> None:
@@ -65,15 +109,15 @@ def unmerge_in_place(model: nn.Module) -> None:
     for _, layer in adapted_layers(model):
         if layer.unmerged is not None:
             with torch.no_grad():
-                for name, parameter in layer.base.stored(layer).items():
-                    parameter.copy_(layer.unmerged[name])
+                for name, value in layer.unmerged.items():
+                    getattr(layer, name).copy_(value)
             layer.unmerged = None
 
 
 def merged_weights(
     model: nn.Module, names: Sequence[str], original: Path | None, report: MergeReport
-) -> Iterator[tuple[str, nn.Module, type[BaseWeight], Tensor]]:
-    """(path, layer, kind, merged matrix (N, K)) of each layer that an adapter or a quantiser has changed.
+) -> Iterator[MergedLayer]:
+    """Each layer that an adapter or a quantiser has changed, with its merged weight.
 
     Args:
         model: a wrapped model.
@@ -84,22 +128,18 @@ def merged_weights(
     originals = OriginalWeights(original, model) if original is not None else None
     for path, layer in list(base_modules(model)):
         base = base_of(layer)
-        delta = layer.delta(tuple(names)) if isinstance(layer, AdaptedLayer) else None
-        if base is None or (delta is None and not base.quantized):
+        units = _units(layer, names)
+        if base is None or not (units or base.quantized):
             continue
         if base.quantized and originals is not None:
             source, matrix = ORIGINAL, _original_matrix(originals, path, layer, base)
         else:
             source, matrix = DEQUANTIZED if base.quantized else DENSE, base.matrix(layer)
-        if delta is not None:
-            matrix += delta
-        dtype = base.dtype(layer)
-        _check_finite(path, matrix, dtype)
+        merged = _fold(path, layer, base, matrix, units)
+        merged.check_finite()
         report.sources[path] = source
-        report.errors[path] = (
-            base.quantization_error(layer) if source == DEQUANTIZED else _rounding_error(matrix, dtype)
-        )
-        yield path, layer, base, matrix
+        report.errors[path] = base.quantization_error(layer) if source == DEQUANTIZED else merged.rounding_error()
+        yield merged
 
 
 def merge_to_plain(model: nn.Module, names: Sequence[str], original: Path | None) -> MergeReport:
@@ -116,10 +156,11 @@ def merge_to_plain(model: nn.Module, names: Sequence[str], original: Path | None
     for _ in merged_weights(model, names, original, MergeReport()):
         pass
     report = MergeReport()
-    for _, layer, base, matrix in merged_weights(model, names, original, report):
-        if isinstance(layer, AdaptedLayer):
-            restore_layer(layer)
-        base.make_dense(layer, matrix)
+    for merged in merged_weights(model, names, original, report):
+        if isinstance(merged.layer, AdaptedLayer):
+            restore_layer(merged.layer)
+        merged.base.make_dense(merged.layer, merged.matrix)
+        _assign_bias(merged.layer, merged.bias)
     logger.info("%s", report)
     return report
 
@@ -142,24 +183,38 @@ def take_over(model: nn.Module, module: SavedModule, trained: nn.Module) -> None
                 own.copy_(value)
 
 
-def _merged_layers(model: nn.Module, names: Sequence[str]) -> Iterator[tuple[str, AdaptedLayer, Tensor]]:
+def _merged_in_place(model: nn.Module, names: Sequence[str]) -> Iterator[MergedLayer]:
     for path, layer in adapted_layers(model):
-        delta = layer.delta(tuple(names))
-        if delta is not None:
-            yield path, layer, layer.base.matrix(layer) + delta
+        units = _units(layer, names)
+        if units:
+            yield _fold(path, layer, layer.base, layer.base.matrix(layer), units)
 
 
-def _check_finite(path: str, matrix: Tensor, dtype: torch.dtype) -> None:
-    if not bool(torch.isfinite(matrix.to(dtype)).all()):
-        raise ValueError(
-            f"merging would put a NaN or an infinity into {path} ({dtype}); the model is unchanged. "
-            "Look for a NaN in the adapter's weights, or a scaling too large for the dtype"
-        )
+def _units(layer: nn.Module, names: Sequence[str]) -> list[AdapterUnit]:
+    if not isinstance(layer, AdaptedLayer):
+        return []
+    return [unit for name in names if (unit := layer.unit(name)) is not None]
 
 
-def _rounding_error(matrix: Tensor, dtype: torch.dtype) -> float:
-    norm = matrix.norm()
-    return 0.0 if norm == 0 else float((matrix.to(dtype).to(matrix.dtype) - matrix).norm() / norm)
+def _fold(path: str, layer: Any, base: type[BaseWeight], matrix: Tensor, units: Sequence[AdapterUnit]) -> MergedLayer:
+    bias = getattr(layer, "bias", None)
+    before = None if bias is None else bias.detach().to(matrix.dtype, copy=True)
+    after = before
+    for unit in units:
+        matrix, after = unit.fold(matrix, after)
+    return MergedLayer(path, layer, base, matrix, None if after is before else after)
+
+
+def _replaced(layer: Any, bias: Tensor | None) -> dict[str, Tensor]:
+    """What of the layer a merge writes over, by attribute."""
+    stored: dict[str, Tensor] = dict(layer.base.stored(layer))
+    return stored if bias is None else {**stored, "bias": layer.bias}
+
+
+def _assign_bias(layer: Any, bias: Tensor | None) -> None:
+    if bias is not None:
+        with torch.no_grad():
+            layer.bias.copy_(bias)
 
 
 def _original_matrix(originals: OriginalWeights, path: str, layer: nn.Module, base: type[BaseWeight]) -> Tensor:

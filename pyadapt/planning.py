@@ -11,8 +11,7 @@ from torch import nn
 from .base import base_of
 from .config import AdapterConfig
 from .layer import AdaptedLayer, SavedModule, base_modules
-from .method import METHODS, LayerMethod
-from .ops import routes
+from .method import METHODS, AdapterUnit, LayerMethod
 from .surgery import check_adoptable
 from .targets import paths_to_save, resolve
 
@@ -33,6 +32,7 @@ class LayerPlan:
         rank: rank of the adapter there.
         shapes: the adapter's tensors, by key suffix in a PEFT file.
         kernel: the route that its kernels take for a training step of `PLANNED_TOKENS` tokens.
+        unit_class: what is put on the layer.
     """
 
     path: str
@@ -43,11 +43,18 @@ class LayerPlan:
     rank: int
     shapes: dict[str, tuple[int, ...]]
     kernel: str
+    unit_class: type[AdapterUnit]
 
     @property
     def parameters(self) -> int:
         """Number of trained values."""
         return sum(torch.Size(shape).numel() for shape in self.shapes.values())
+
+    def as_dict(self) -> dict[str, Any]:
+        """The row as plain values, JSON-ready."""
+        row = {key: value for key, value in vars(self).items() if key != "unit_class"}
+        shapes = {key: list(shape) for key, shape in self.shapes.items()}
+        return {**row, "shapes": shapes, "parameters": self.parameters}
 
 
 @dataclass(frozen=True)
@@ -85,14 +92,7 @@ class Plan:
         """The plan as plain values, JSON-ready."""
         return {
             "config": self.config.to_dict(),
-            "layers": [
-                {
-                    **vars(layer),
-                    "shapes": {k: list(v) for k, v in layer.shapes.items()},
-                    "parameters": layer.parameters,
-                }
-                for layer in self.layers
-            ],
+            "layers": [layer.as_dict() for layer in self.layers],
             "modules_to_save": dict(self.saved),
             "trainable_parameters": self.trainable_parameters,
             "all_parameters": self.all_parameters,
@@ -177,7 +177,8 @@ def count_base_parameters(model: nn.Module) -> int:
     counted: dict[int, int] = {}
     for _, module in base_modules(model):
         base = base_of(module)
-        scales = base.stored(module).keys() - {"weight"} if base is not None else set()
+        # A kind's weight comes first; the rest is what it is read with.
+        scales = set(list(base.stored(module))[1:]) if base is not None and base.quantized else set()
         for name, parameter in module.named_parameters(recurse=False):
             if name not in scales:
                 counted[id(parameter)] = count_values(parameter)
@@ -191,19 +192,21 @@ def _plan_layer(method: type[LayerMethod], config: Any, path: str, layer: nn.Mod
         check_adoptable(path, layer)
     _check_not_on_disk(path, layer)
     out_features, in_features = base.shape(layer)
-    rank = method.rank(config, path)
-    weight, x_dtype = next(iter(base.stored(layer).values())), base.dtype(layer)
-    shape = (PLANNED_TOKENS, out_features, in_features, rank)
-    kernel = routes.predict("forward", weight.device.type, x_dtype, weight.dtype, *shape).route
+    try:
+        unit_class = method.unit_class(config, base)
+        shapes = unit_class.shapes(config, path, base, layer)
+    except ValueError as error:
+        raise ValueError(f"{path} ({type(layer).__name__}): {error}") from None
     return LayerPlan(
         path=path,
         layer=type(layer).__name__,
         base=base.name,
         out_features=out_features,
         in_features=in_features,
-        rank=rank,
-        shapes=method.shapes(config, path, out_features, in_features),
-        kernel=kernel,
+        rank=method.rank(config, path),
+        shapes={unit_class.file_keys[attribute]: shape for attribute, shape in shapes.items()},
+        kernel=unit_class.route(config, path, base, layer, PLANNED_TOKENS),
+        unit_class=unit_class,
     )
 
 

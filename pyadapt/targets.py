@@ -125,7 +125,13 @@ def matches(wanted: str | list[str], path: str) -> bool:
 def all_linear(model: nn.Module) -> list[str]:
     """Every linear layer but the output head."""
     heads = output_heads(model)
-    return [path for path, layer in base_modules(model) if path and base_of(layer) is not None and path not in heads]
+    return [path for path, layer in base_modules(model) if path and is_linear(layer) and path not in heads]
+
+
+def is_linear(layer: nn.Module) -> bool:
+    """Whether `layer` multiplies its input by a matrix, however that is stored."""
+    base = base_of(layer)
+    return base is not None and base.form == "linear"
 
 
 def output_heads(model: nn.Module) -> set[str]:
@@ -134,7 +140,7 @@ def output_heads(model: nn.Module) -> set[str]:
     ask: Any = getattr(model, "get_output_embeddings", None)
     output = ask() if ask is not None else None
     for path, module in base_modules(model):
-        if module is output or (path.split(".")[0] in HEAD_NAMES and base_of(module) is not None):
+        if module is output or (path.split(".")[0] in HEAD_NAMES and is_linear(module)):
             heads.add(path)
     return heads
 
@@ -184,9 +190,9 @@ def _check_kinds(paths: list[str], model: nn.Module) -> None:
     for path in paths:
         layer = model.get_submodule(path)
         if base_of(layer) is None:
-            inside = [f"{path}.{name}" for name, inner in layer.named_modules() if name and base_of(inner) is not None]
+            inside = [f"{path}.{name}" for name, inner in layer.named_modules() if name and is_linear(inner)]
             hint = f"; linear layers inside it: {', '.join(inside[:4])}" if inside else ""
-            raise ValueError(f"target {path!r} is a {type(layer).__name__}, which is no linear layer{hint}")
+            raise ValueError(f"target {path!r} is a {type(layer).__name__}, which no adapter can be put on{hint}")
 
 
 def _check_each_target_exists(wanted: list[str], matched: list[str], model: nn.Module) -> None:

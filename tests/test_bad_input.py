@@ -39,10 +39,10 @@ def refused(config, match, name="llama", error=ValueError):
         ({"target_modules": []}, r"target_modules=\[\] matches no module"),
         (
             {"target_modules": ["self_attn"]},
-            r"is a LlamaAttention, which is no linear layer; linear layers inside it: .*q_proj",
+            r"is a LlamaAttention, which no adapter can be put on; linear layers inside it: .*q_proj",
         ),
-        ({"target_modules": ["input_layernorm"]}, r"is a LlamaRMSNorm, which is no linear layer"),
-        ({"target_modules": r".*"}, r"is no linear layer"),
+        ({"target_modules": ["input_layernorm"]}, r"is a LlamaRMSNorm, which no adapter can be put on"),
+        ({"target_modules": r".*"}, r"no adapter can be put on"),
         ({"target_modules": ["q_proj"], "exclude_modules": ["q_proj"]}, r"matches 2 layers .*, but exclude_modules"),
         ({"layers_to_transform": [7]}, r"layers_to_transform .*leaves none"),
         ({"layers_to_transform": [0], "layers_pattern": "blocks"}, r"leaves none"),
@@ -72,10 +72,10 @@ def test_a_list_of_which_only_some_are_there_is_a_warning(caplog):
 
 
 def test_a_model_without_linear_layers():
-    model = nn.Sequential(nn.Conv1d(2, 2, 1), nn.ReLU())
-    for targets in (None, "all-linear", ["0"]):
+    model = nn.Sequential(nn.LayerNorm(2), nn.ReLU())
+    for targets, told in ((None, "linear layer"), ("all-linear", "linear layer"), (["0"], "no adapter")):
         before = snapshot(model)
-        with pytest.raises(ValueError, match="linear layer"):
+        with pytest.raises(ValueError, match=told):
             pyadapt.wrap(model, LoraConfig(target_modules=targets))
         assert snapshot(model) == before
 
@@ -136,15 +136,15 @@ def test_out_of_memory_while_wrapping_leaves_the_model(monkeypatch):
 
     model, made = build("llama"), []
     before = snapshot(model)
-    real = lora.LoraUnit.reset_parameters
+    real = lora.LoraUnit.initialize
 
-    def fails_at_the_third(self, init):
+    def fails_at_the_third(self, *context):
         made.append(self)
         if len(made) == 3:
             raise torch.OutOfMemoryError("no memory left")
-        real(self, init)
+        real(self, *context)
 
-    monkeypatch.setattr(lora.LoraUnit, "reset_parameters", fails_at_the_third)
+    monkeypatch.setattr(lora.LoraUnit, "initialize", fails_at_the_third)
     with pytest.raises(torch.OutOfMemoryError):
         pyadapt.wrap(model, LoraConfig())
     assert snapshot(model) == before
@@ -153,7 +153,7 @@ def test_out_of_memory_while_wrapping_leaves_the_model(monkeypatch):
     wrapped = pyadapt.wrap(model, LoraConfig())
     made.clear()
     before = snapshot(wrapped)
-    monkeypatch.setattr(lora.LoraUnit, "reset_parameters", fails_at_the_third)
+    monkeypatch.setattr(lora.LoraUnit, "initialize", fails_at_the_third)
     with pytest.raises(torch.OutOfMemoryError):
         wrapped.add_adapter("second", LoraConfig())
     assert snapshot(wrapped) == before

@@ -146,11 +146,9 @@ def test_refused(values, match):
 @pytest.mark.parametrize(
     "option",
     [
-        {"use_dora": True},
-        {"bias": "all"},
-        {"lora_bias": True},
+        {"use_qalora": True},
         {"layer_replication": [[0, 2]]},
-        {"target_parameters": ["w"]},
+        {"layer_replication": [[0, 2]]},
     ],
     ids=str,
 )

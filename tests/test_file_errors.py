@@ -156,7 +156,7 @@ def test_config_is_no_json(folder, text):
         ({"peft_type": "UNHEARD_OF"}, "peft_type 'UNHEARD_OF' is not one of"),
         ({"r": 0}, "r=0"),
         ({"r": "8"}, "r='8'"),
-        ({"use_dora": True}, "use_dora=True"),
+        ({"use_qalora": True}, "use_qalora=True"),
         ({"lora_rank": 3}, "no key 'lora_rank'"),
         ({"task_type": "SING"}, "task_type='SING'"),
         ({"target_modules": ["nowhere"]}, "no module is named 'nowhere'"),

@@ -24,7 +24,7 @@ def test_plan_changes_nothing_and_agrees_with_wrap(name):
     assert [layer.path for layer in plan.layers] == list(units)
     for layer in plan.layers:
         unit, module = units[layer.path], model.get_submodule(layer.path)
-        assert {suffix: tuple(getattr(unit, name).shape) for name, suffix in unit.file_keys.items()} == layer.shapes
+        assert {unit.file_keys[name]: tuple(p.shape) for name, p in unit.named_parameters()} == layer.shapes
         assert layer.parameters == sum(p.numel() for p in unit.parameters())
         assert layer.layer == type(module).__name__
         assert layer.rank == unit.lora_A.shape[0]

@@ -52,7 +52,7 @@ class Dense(BaseWeight):
     def assign(layer: Any, matrix: Tensor) -> None:
         """See `BaseWeight.assign`; in place, so that tied weights stay tied."""
         with torch.no_grad():
-            layer.weight.copy_(Dense.plain(layer, matrix))
+            layer.weight.copy_(Dense.plain(layer, matrix)["weight"])
 
     @staticmethod
     def make_dense(layer: Any, matrix: Tensor) -> None:

@@ -90,7 +90,7 @@ class Int8(BaseWeight):
     @staticmethod
     def make_dense(layer: Any, matrix: Tensor) -> None:
         """See `BaseWeight.make_dense`."""
-        plain = Int8.plain(layer, matrix)
+        plain = Int8.plain(layer, matrix)["weight"]
         release(layer, Int8Layer)
         del layer.weight_scale, layer.dense_dtype
         layer.weight = nn.Parameter(plain, requires_grad=False)

@@ -1,4 +1,4 @@
-"""What a kind of frozen weight is to the rest of pyadapt: an (N, K) matrix that can be read, and written at a merge."""
+"""What a kind of frozen weight is to the rest of pyadapt: a matrix that can be read, and written at a merge."""
 
 from __future__ import annotations
 
@@ -31,6 +31,8 @@ class BaseWeight(abc.ABC):
     """A stateless description of one kind of layer weight; every method takes the layer, a `torch.nn.Module`."""
 
     name: ClassVar[str]
+    # What the layer computes with its weight: "linear", "conv", "embedding" or "experts". A method has one unit a form.
+    form: ClassVar[str] = "linear"
     # Whether the stored weight is less exact than the one it was made from.
     quantized: ClassVar[bool] = False
 
@@ -42,7 +44,7 @@ class BaseWeight(abc.ABC):
     @staticmethod
     @abc.abstractmethod
     def shape(layer: Any) -> tuple[int, int]:
-        """(N, K): output and input features, whatever the storage looks like at the moment."""
+        """Shape of `matrix`, whatever the storage looks like at the moment: (N, K), output and input features."""
 
     @staticmethod
     @abc.abstractmethod
@@ -57,28 +59,28 @@ class BaseWeight(abc.ABC):
     @staticmethod
     @abc.abstractmethod
     def matrix(layer: Any) -> Tensor:
-        """The weight as a new (N, K) tensor in fp32, or fp64 for an fp64 weight."""
+        """The weight as a new tensor of shape `shape(layer)` in fp32, or fp64 for an fp64 weight."""
 
     @staticmethod
     @abc.abstractmethod
     def assign(layer: Any, matrix: Tensor) -> None:
-        """Write `matrix` (N, K) into the layer, in this kind's own storage."""
+        """Write `matrix` into the layer, in this kind's own storage."""
 
     @staticmethod
     @abc.abstractmethod
     def make_dense(layer: Any, matrix: Tensor) -> None:
-        """Make `layer` a plain layer that holds `matrix` (N, K) in its original dtype."""
+        """Make `layer` a plain layer that holds `matrix` in its original dtype."""
 
     @classmethod
-    def plain(cls, layer: Any, matrix: Tensor) -> Tensor:
-        """`matrix` (N, K) as the plain layer would store it: original dtype and orientation."""
+    def plain(cls, layer: Any, matrix: Tensor) -> dict[str, Tensor]:
+        """`matrix` as the plain layer would store it, by attribute name: original dtype and orientation."""
         matrix = matrix.to(cls.dtype(layer))
-        return matrix.t().contiguous() if is_conv1d(layer) else matrix
+        return {"weight": matrix.t().contiguous() if is_conv1d(layer) else matrix}
 
     @staticmethod
     @abc.abstractmethod
     def stored(layer: Any) -> dict[str, nn.Parameter]:
-        """The parameters that hold the weight, by attribute name: `weight`, and what it is read with."""
+        """The parameters that hold the weight, by attribute name: the weight first, then what it is read with."""
 
     @staticmethod
     def quantization_error(layer: Any) -> float:

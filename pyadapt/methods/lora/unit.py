@@ -1,0 +1,156 @@
+"""The weights of a LoRA adapter on one layer, and its mathematics on a linear layer.
+
+    y = x W' + b + s (drop(x) A' B' + b_B),   A (r, K), B (N, r), s = alpha / r   (rsLoRA: alpha / sqrt(r))
+
+Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021; rsLoRA: Kalajdzievski, 2023.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable
+from typing import Any, ClassVar, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...base import BaseWeight
+from ...dtypes import output_dtype
+from ...layer import AdaptedLayer
+from ...method import AdapterUnit
+from ...ops import routes
+from ...ops.lora import LoraLinear
+from ...seed import draw_seed
+from .config import LoraConfig
+from .inits import initialize
+
+# (form of a layer, whether DoRA) -> the unit that serves it. A file of this package adds its own with `@adapts`.
+UNITS: dict[tuple[str, bool], type[LoraUnit]] = {}
+
+UnitT = TypeVar("UnitT", bound="type[LoraUnit]")
+
+
+def adapts(form: str, *, dora: bool = False) -> Callable[[UnitT], UnitT]:
+    """Class decorator: the unit for layers of one form (see `BaseWeight.form`)."""
+
+    def add(unit: UnitT) -> UnitT:
+        UNITS[form, dora] = unit
+        return unit
+
+    return add
+
+
+class LoraUnit(AdapterUnit):
+    """A, B and, if asked for, a bias of B.
+
+    Attributes:
+        scaling: the factor s.
+        dropout: the probability p of drop().
+        trains_base_bias: whether the layer's own bias is trained, so that autograd must see it added.
+    """
+
+    file_keys: ClassVar[dict[str, str]] = {
+        "lora_A": "lora_A.weight",
+        "lora_B": "lora_B.weight",
+        "lora_bias": "lora_B.bias",
+    }
+    # Absent where the configuration has no `lora_bias`.
+    lora_bias: nn.Parameter | None = None
+    # The A and B that the adapter began with where they are not zero together (PiSSA, OLoRA): what the layer starts
+    # from is W - s B0 A0. W itself is never changed; the pair is run as -B0 A0 beside BA.
+    start_A: Tensor | None
+    start_B: Tensor | None
+
+    def __init__(
+        self, config: LoraConfig, path: str, base: type[BaseWeight], layer: Any, device: torch.device, dtype: Any
+    ) -> None:
+        super().__init__(config, path, base, layer, device, dtype)
+        self.scaling = config.scaling_of(path)
+        self.dropout = config.lora_dropout
+        self.trains_base_bias = config.bias != "none" and getattr(layer, "bias", None) is not None
+        self.register_buffer("start_A", None, persistent=False)
+        self.register_buffer("start_B", None, persistent=False)
+
+    def initialize(self, config: LoraConfig, path: str, base: type[BaseWeight], layer: Any) -> None:
+        """See `AdapterUnit.initialize`."""
+        initialize(self, config, base, layer)
+
+    @abc.abstractmethod
+    def parameters_of_factors(self) -> tuple[nn.Parameter, nn.Parameter]:
+        """A and B, in the shapes they are stored in."""
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A (r, K) and B (N, r) for which s B A is what is added to `BaseWeight.matrix`."""
+        A, B = self.parameters_of_factors()
+        return A.flatten(1), B.flatten(1)
+
+    def delta(self) -> Tensor:
+        """s B A, less what it was at the start where that is not zero; fp32, or fp64 for an fp64 adapter."""
+        A, B = self.factors()
+        wide = torch.promote_types(A.dtype, torch.float32)
+        delta = B.detach().to(wide) @ A.detach().to(wide)
+        if self.start_A is not None and self.start_B is not None:
+            delta -= self.start_B.to(wide) @ self.start_A.to(wide)
+        return self.scaling * delta
+
+    def fold(self, matrix: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """See `AdapterUnit.fold`."""
+        matrix += self.delta().view_as(matrix)
+        if self.lora_bias is not None and bias is not None:
+            bias = bias + self.scaling * self.lora_bias.detach().to(bias.dtype)
+        return matrix, bias
+
+    def extra_repr(self) -> str:
+        """Rank, scaling and dropout, for `print(model)`."""
+        return f"r={self.parameters_of_factors()[0].shape[0]}, scaling={self.scaling:g}, dropout={self.dropout:g}"
+
+
+@adapts("linear")
+class LinearUnit(LoraUnit):
+    """LoRA on y = x W' + b: one kernel for the frozen product and the adapter's term."""
+
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+
+    @classmethod
+    def shapes(cls, config: LoraConfig, path: str, base: type[BaseWeight], layer: Any) -> dict[str, tuple[int, ...]]:
+        """See `AdapterUnit.shapes`."""
+        r, (out_features, in_features) = config.rank_of(path), base.shape(layer)
+        shapes: dict[str, tuple[int, ...]] = {"lora_A": (r, in_features), "lora_B": (out_features, r)}
+        return {**shapes, "lora_bias": (out_features,)} if config.lora_bias else shapes
+
+    @classmethod
+    def route(cls, config: LoraConfig, path: str, base: type[BaseWeight], layer: Any, tokens: int) -> str:
+        """See `AdapterUnit.route`."""
+        weight = next(iter(base.stored(layer).values()))
+        shape = (tokens, *base.shape(layer), config.rank_of(path))
+        return routes.predict("forward", weight.device.type, base.dtype(layer), weight.dtype, *shape).route
+
+    def parameters_of_factors(self) -> tuple[nn.Parameter, nn.Parameter]:
+        """See `LoraUnit.parameters_of_factors`."""
+        return self.lora_A, self.lora_B
+
+    def working_factors(self) -> tuple[Tensor, Tensor]:
+        """The A and B that forward uses: those of the start, if any, run beside the trained ones with B negated."""
+        if self.start_A is None or self.start_B is None:
+            return self.lora_A, self.lora_B
+        return torch.cat([self.lora_A, self.start_A]), torch.cat([self.lora_B, -self.start_B], dim=1)
+
+    def forward(self, x: Tensor, owner: AdaptedLayer, y: Tensor | None = None) -> Tensor:
+        """See `AdapterUnit.forward`."""
+        A, B = self.working_factors()
+        p = self.dropout if self.training else 0.0
+        if y is None:
+            seed = draw_seed() if p > 0 else None
+            with_bias = not self.trains_base_bias
+            y = LoraLinear.apply(x, A, B, owner, self.scaling, p, seed, output_dtype(x), with_bias)
+            if self.trains_base_bias:
+                y = y + owner.get_parameter("bias").to(y.dtype)
+        else:
+            dropped = F.dropout(x, p) if p > 0 else x
+            term = F.linear(F.linear(dropped.to(A.dtype), A), B)
+            y = y + (self.scaling * term).to(y.dtype)
+        if self.lora_bias is not None:
+            y = y + (self.scaling * self.lora_bias).to(y.dtype)
+        return y
