@@ -46,16 +46,37 @@ if TYPE_CHECKING:
         PeftModel as PeftModel,
     )
     from .familiar import (
+        get_layer_status as get_layer_status,
+    )
+    from .familiar import (
+        get_model_status as get_model_status,
+    )
+    from .familiar import (
         get_peft_config as get_peft_config,
     )
     from .familiar import (
         get_peft_model as get_peft_model,
     )
     from .familiar import (
+        get_peft_model_state_dict as get_peft_model_state_dict,
+    )
+    from .familiar import (
         get_pet_config as get_pet_config,
     )
     from .familiar import (
         get_pet_model as get_pet_model,
+    )
+    from .familiar import (
+        hotswap_adapter as hotswap_adapter,
+    )
+    from .familiar import (
+        prepare_model_for_compiled_hotswap as prepare_model_for_compiled_hotswap,
+    )
+    from .familiar import (
+        rescale_adapter_scale as rescale_adapter_scale,
+    )
+    from .familiar import (
+        set_peft_model_state_dict as set_peft_model_state_dict,
     )
     from .files import AdapterFileError as AdapterFileError
     from .integrations.transformers import load_quantized as load_quantized
@@ -94,6 +115,13 @@ _HOMES = {
     "get_peft_model": "familiar",
     "get_pet_config": "familiar",
     "get_pet_model": "familiar",
+    "get_layer_status": "familiar",
+    "get_model_status": "familiar",
+    "get_peft_model_state_dict": "familiar",
+    "set_peft_model_state_dict": "familiar",
+    "hotswap_adapter": "familiar",
+    "prepare_model_for_compiled_hotswap": "familiar",
+    "rescale_adapter_scale": "familiar",
     "is_wrapped": "model",
     "load": "wrapping",
     "load_quantized": "integrations.transformers",

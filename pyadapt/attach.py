@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .base import BaseWeight, base_of
+from .base.dense import Dense
+from .biases import COPY, add_bias, biased_modules, choose_biases, copy_biases, remove_biases, rename_biases
 from .dtypes import adapter_dtype
+from .integrations.transformers import is_transformers_model, mark_quantized
 from .layer import (
     SavedModule,
     adapted_layers,
     add_copy,
     add_unit,
+    base_modules,
     restore_layer,
     restore_module,
     saved_modules,
@@ -47,14 +52,30 @@ def attach(model: nn.Module, plan: Plan, name: str) -> None:
         unit.initialize(plan.config, row.path, base, layer)
         units.append((layer, base, unit.train(layer.training)))
     copies = [(module, _trainable_copy(module)) for module in map(model.get_submodule, plan.saved)]
+    biases = copy_biases(model, list(plan.biases))
+    for _, _, unit in units:
+        unit.settle()
+    if any(base_of(layer) is not base for layer, base, _ in units) and is_transformers_model(model):
+        mark_quantized(model, [path for path, layer in base_modules(model) if base_of(layer) is Dense])
     try:
         for layer, base, unit in units:
-            add_unit(layer, base, name, unit)
+            add_unit(layer, base_of(layer) or base, name, unit)
         for module, clone in copies:
             add_copy(module, name, clone)
+        for module, bias in biases:
+            add_bias(module, name, bias)
     except BaseException:
         detach(model, name)
         raise
+
+
+def fill(model: nn.Module, name: str, values: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Give the units of an adapter values: path of the layer -> attribute -> tensor."""
+    with torch.no_grad():
+        for path, tensors in values.items():
+            layer: Any = model.get_submodule(path)
+            for attribute, value in tensors.items():
+                getattr(layer.unit(name), attribute).copy_(value)
 
 
 def detach(model: nn.Module, name: str) -> None:
@@ -71,6 +92,16 @@ def detach(model: nn.Module, name: str) -> None:
             del module.copies[name]
             if not len(module.copies):
                 restore_module(module)
+    remove_biases(model, name)
+
+
+def rename(model: nn.Module, old: str, new: str) -> None:
+    """Call the adapter `old` `new` on every layer; its place among the others stays."""
+    for _, layer in adapted_layers(model):
+        layer.adapters.rename(old, new)
+    for _, module in saved_modules(model):
+        module.copies.rename(old, new)
+    rename_biases(model, old, new)
 
 
 def choose_live(model: nn.Module, names: Sequence[str], *, merged: bool) -> None:
@@ -79,13 +110,15 @@ def choose_live(model: nn.Module, names: Sequence[str], *, merged: bool) -> None
     Args:
         model: a wrapped model.
         names: the active adapters; empty for the base model.
-        merged: whether their weights are in the base weights already, so that only whole modules still answer.
+        merged: whether their weights are in the base weights already, so that only whole modules and biases of their
+            own still answer.
     """
     for _, layer in adapted_layers(model):
         layer.adapters.choose([] if merged else [name for name in names if name in layer.adapters])
     for _, module in saved_modules(model):
         live = module.copy_among(names)
         module.copies.choose([] if live is None else [live])
+    choose_biases(model, names)
 
 
 def adapter_parameters(model: nn.Module, name: str) -> Iterator[nn.Parameter]:
@@ -96,6 +129,10 @@ def adapter_parameters(model: nn.Module, name: str) -> Iterator[nn.Parameter]:
     for _, module in saved_modules(model):
         if name in module.copies:
             yield from module.copies[name].parameters()
+    for _, module in biased_modules(model):
+        copy_of_bias = module._parameters.get(COPY + name)
+        if copy_of_bias is not None:
+            yield copy_of_bias
 
 
 def set_trainable(model: nn.Module, name: str, trainable: bool) -> None:
@@ -115,4 +152,5 @@ def _trainable_copy(module: nn.Module) -> nn.Module:
     clone = copy.deepcopy(module)
     if isinstance(clone, SavedModule):
         restore_module(clone)
+    remove_biases(clone)
     return clone.requires_grad_(True)

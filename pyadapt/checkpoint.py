@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from .biases import COPY, biased_modules, is_bias_copy, own_bias
 from .config import AdapterConfig
 from .files import (
     ADAPTER_WEIGHTS_FILE,
@@ -27,8 +28,9 @@ from .files import (
     write_safetensors,
     write_text,
 )
-from .layer import SavedModule, adapted_layers, saved_modules
-from .planning import Plan, make_plan
+from .layer import AdaptedLayer, SavedModule, adapted_layers, saved_modules
+from .methods.lora.conversion import plain_lora
+from .planning import LayerPlan, Plan, make_plan
 
 KEY_PREFIX = "base_model.model."
 DEFAULT_ADAPTER = "default"
@@ -45,6 +47,16 @@ class AdapterFile:
 
     plan: Plan
     tensors: dict[str, Tensor]
+
+    def values_of(self, row: LayerPlan) -> dict[str, Tensor]:
+        """The tensors of one layer's unit, by what follows the layer's path in the file."""
+        keys = {suffix: f"{KEY_PREFIX}{row.path}.{suffix}" for suffix in row.shapes}
+        return {suffix: self.tensors[key] for suffix, key in keys.items() if key in self.tensors}
+
+    def beside_units(self) -> dict[str, Tensor]:
+        """The tensors that belong to no layer's unit, by their keys in the file."""
+        of_units = {f"{KEY_PREFIX}{row.path}.{suffix}" for row in self.plan.layers for suffix in row.shapes}
+        return {key: tensor for key, tensor in self.tensors.items() if key not in of_units}
 
 
 def adapter_state_dict(
@@ -71,13 +83,17 @@ def save_adapter(
     name: str,
     config: AdapterConfig,
     state_dict: Mapping[str, Tensor] | None = None,
+    as_plain_lora: bool = False,
 ) -> None:
     """Write one adapter below `folder`; each file appears whole or not at all.
 
     Raises:
         AdapterFileError: a tensor has no values here (it is on the meta device, or another process holds it).
+        ValueError: `as_plain_lora` of an adapter that cannot be one; see `plain_lora`.
     """
     tensors = adapter_state_dict(model, name, state_dict)
+    if as_plain_lora:
+        config, tensors = plain_lora(model, name, config, tensors, KEY_PREFIX)
     for key, tensor in tensors.items():
         if tensor.is_meta or tensor.numel() == 0:
             state = "on the meta device" if tensor.is_meta else f"of shape {tuple(tensor.shape)}"
@@ -106,6 +122,7 @@ def read_adapter(model: nn.Module, path: Path, *, strict: bool = True, **hub: st
     except ValueError as error:
         raise AdapterFileError(f"the adapter in {folder} does not fit this {type(model).__name__}: {error}") from error
     wanted = dict(_expected_shapes(model, plan))
+    tensors = _under_present_keys(tensors, plan)
     problems = _differences(wanted, tensors)
     if problems and strict:
         raise AdapterFileError(
@@ -113,6 +130,17 @@ def read_adapter(model: nn.Module, path: Path, *, strict: bool = True, **hub: st
         )
     fitting = {key: tensor for key, tensor in tensors.items() if wanted.get(key) == tuple(tensor.shape)}
     return AdapterFile(plan, fitting)
+
+
+def check_values(model: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse tensors that are not just those of the adapter called `name`, under their file keys.
+
+    Raises:
+        AdapterFileError: tensors missing, extra or misshapen, all listed.
+    """
+    problems = _differences({key: tuple(place.shape) for key, _, place in _places(model, name)}, tensors)
+    if problems:
+        raise AdapterFileError(f"these are not the tensors of adapter {name!r}:\n" + "\n".join(problems))
 
 
 def fill_adapter(model: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> None:
@@ -136,6 +164,11 @@ def _places(model: nn.Module, name: str) -> Iterator[tuple[str, str, Tensor]]:
         if name in module.copies:
             for key, tensor in module.copies[name].state_dict(keep_vars=True).items():
                 yield f"{KEY_PREFIX}{path}.{key}", f"{path}.copies.{name}.{key}", tensor
+    for path, module in biased_modules(model):
+        copy = module._parameters.get(COPY + name)
+        if copy is not None:
+            adapted = isinstance(module, AdaptedLayer) and module.unit(name) is not None
+            yield _bias_key(path, adapted), f"{path}.{COPY}{name}".lstrip("."), copy
 
 
 def _expected_shapes(model: nn.Module, plan: Plan) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -145,8 +178,31 @@ def _expected_shapes(model: nn.Module, plan: Plan) -> Iterator[tuple[str, tuple[
     for path in plan.saved:
         module = model.get_submodule(path)
         for key, tensor in module.state_dict(keep_vars=True).items():
-            if not (isinstance(module, SavedModule) and key.startswith("copies.")):
+            if not (isinstance(module, SavedModule) and key.startswith("copies.")) and not is_bias_copy(key):
                 yield f"{KEY_PREFIX}{path}.{key}", tuple(tensor.shape)
+    adapted = {layer.path for layer in plan.layers}
+    for path in plan.biases:
+        yield _bias_key(path, path in adapted), tuple(own_bias(model.get_submodule(path)).shape)
+
+
+def _bias_key(path: str, adapted: bool) -> str:
+    """The key of a trained bias; PEFT's adapted layers hold the layer they adapt inside."""
+    return f"{KEY_PREFIX}{path}.base_layer.bias" if adapted else f"{KEY_PREFIX}{path}.bias".replace("..", ".")
+
+
+def _under_present_keys(tensors: Mapping[str, Tensor], plan: Plan) -> dict[str, Tensor]:
+    """The tensors of a file under the keys that are written today, without what PEFT adds by mistake."""
+    renamed = {
+        f"{KEY_PREFIX}{row.path}.{old}": f"{KEY_PREFIX}{row.path}.{new}"
+        for row in plan.layers
+        for old, new in row.unit_class.file_aliases.items()
+    }
+    # With bias="all" PEFT writes the biases in modules that are trained whole three times: the original, and the copy
+    # under two keys.
+    again = tuple(f"{KEY_PREFIX}{path}.{of}." for path in plan.saved for of in ("original_module", "modules_to_save"))
+    if not (plan.biases and again):
+        again = ()
+    return {renamed.get(key, key): tensor for key, tensor in tensors.items() if not key.startswith(again)}
 
 
 def _differences(wanted: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tensor]) -> list[str]:

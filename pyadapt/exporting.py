@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .biases import biased_modules, check_biases_finite, is_bias_copy
 from .files import Path, write_safetensors
 from .integrations.transformers import forget_quantization, is_transformers_model
 from .layer import AdaptedLayer, SavedModule, base_modules
@@ -74,9 +75,15 @@ def _plain_state_dict(
         if isinstance(module, (AdaptedLayer, SavedModule))
         for name in ("adapters", "copies")
     )
-    tensors = {key: tensor for key, tensor in model.state_dict().items() if not key.startswith(added)}
+    tensors = {
+        key: tensor
+        for key, tensor in model.state_dict().items()
+        if not key.startswith(added) and not is_bias_copy(key)
+    }
+    check_biases_finite(model, names)
+    tensors.update({f"{path}.bias".lstrip("."): of.bias_among(names).detach() for path, of in biased_modules(model)})
     for merged in merged_weights(model, names, original, report):
-        for name in merged.base.stored(merged.layer):
+        for name in merged.base.state_names(merged.layer):
             del tensors[f"{merged.path}.{name}"]
         tensors.update({f"{merged.path}.{name}": value for name, value in merged.plain().items()})
     for path, module in base_modules(model):

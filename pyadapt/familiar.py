@@ -2,25 +2,87 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from .config import AdapterConfig, TaskType
+from . import checkpoint
+from .config import AdapterConfig, TaskType, as_config
+from .dtypes import LIKE_BASE
 from .files import AdapterFileError, Path
-from .model import is_wrapped
+from .model import AdaptedModel, is_wrapped
+from .status import LayerStatus, ModelStatus
 from .wrapping import load, wrap
 
 
-def get_peft_model(model: nn.Module, peft_config: Any, adapter_name: str = "default") -> nn.Module:
-    """`pyadapt.wrap` under PEFT's name."""
-    return wrap(model, peft_config, adapter_name)
+def get_peft_model(
+    model: nn.Module, peft_config: Any, adapter_name: str = "default", autocast_adapter_dtype: bool = True
+) -> nn.Module:
+    """`pyadapt.wrap` under PEFT's name; without `autocast_adapter_dtype` the adapter has the dtype of its weight."""
+    config = as_config(peft_config)
+    if not autocast_adapter_dtype:
+        config = config.replaced(adapter_dtype=LIKE_BASE)
+    return wrap(model, config, adapter_name)
 
 
 def get_peft_config(config_dict: Mapping[str, Any]) -> AdapterConfig:
     """A configuration from a dict whose `peft_type` (or `pet_type`) names the method."""
     return AdapterConfig.from_dict(config_dict)
+
+
+def get_peft_model_state_dict(
+    model: nn.Module, state_dict: dict[str, Tensor] | None = None, adapter_name: str = "default"
+) -> dict[str, Tensor]:
+    """The tensors of one adapter under their keys in a file."""
+    return checkpoint.adapter_state_dict(_wrapped(model), adapter_name, state_dict)
+
+
+def set_peft_model_state_dict(
+    model: nn.Module, peft_model_state_dict: Mapping[str, Tensor], adapter_name: str = "default"
+) -> None:
+    """Give an adapter values, by their keys in a file.
+
+    Raises:
+        AdapterFileError: keys are missing, extra or misshapen; the model is unchanged.
+    """
+    adapted = _wrapped(model)
+    checkpoint.check_values(adapted, adapter_name, peft_model_state_dict)
+    checkpoint.fill_adapter(adapted, adapter_name, peft_model_state_dict)
+
+
+def hotswap_adapter(model: nn.Module, model_name_or_path: Path, adapter_name: str, **hub: Any) -> None:
+    """`model.hotswap_adapter` under PEFT's name, also for a compiled model."""
+    hub.pop("torch_device", None)
+    _wrapped(model).hotswap_adapter(model_name_or_path, adapter_name, **hub)
+
+
+def prepare_model_for_compiled_hotswap(model: nn.Module, *, target_rank: int) -> None:
+    """`model.pad_ranks` under PEFT's name. Scalings need no preparation: another one is multiplied into the weights."""
+    _wrapped(model).pad_ranks(target_rank)
+
+
+def rescale_adapter_scale(model: nn.Module, multiplier: float) -> contextlib.AbstractContextManager[None]:
+    """`model.rescaled` under PEFT's name."""
+    return _wrapped(model).rescaled(multiplier)
+
+
+def get_layer_status(model: nn.Module) -> list[LayerStatus]:
+    """`model.get_layer_status` as a function, as in PEFT."""
+    return _wrapped(model).get_layer_status()
+
+
+def get_model_status(model: nn.Module) -> ModelStatus:
+    """`model.get_model_status` as a function, as in PEFT."""
+    return _wrapped(model).get_model_status()
+
+
+def _wrapped(model: nn.Module) -> AdaptedModel:
+    model = getattr(model, "_orig_mod", model)
+    if not is_wrapped(model):
+        raise ValueError(f"this {type(model).__name__} carries no adapters of pyadapt")
+    return model
 
 
 class _KnowsWrapped(type):

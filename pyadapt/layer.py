@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .base import BaseWeight, Operands
 from .method import AdapterUnit
+from .rows import Rows
 from .surgery import adopt, release
 
 
@@ -17,20 +18,39 @@ class LiveDict(nn.ModuleDict):
 
     `live` holds the modules themselves, not their names: torch.compile guards on a name and would compile again at each
     switch, while another module of the same shapes passes.
+
+    Attributes:
+        live: the entries at work.
+        live_names: their names.
+        rows: set for the length of a call whose rows each have an adapter of their own; then `live` does not count.
     """
 
-    live: tuple[nn.Module, ...] = ()
-    live_names: tuple[str, ...] = ()
+    live: tuple[nn.Module, ...]
+    live_names: tuple[str, ...]
+    rows: Rows | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live, self.live_names, self.rows = (), (), None
 
     def choose(self, names: Sequence[str]) -> None:
         """Let the entries called `names`, in order, be at work."""
         self.live_names = tuple(names)
         self.live = tuple(self[name] for name in names)
 
+    def rename(self, old: str, new: str) -> None:
+        """Call the entry `old`, if there is one, `new`; the order stays."""
+        live = [new if name == old else name for name in self.live_names]
+        entries = {(new if name == old else name): entry for name, entry in self.items()}
+        self.choose([])
+        self.clear()
+        self.update(entries)
+        self.choose(live)
+
     def __setattr__(self, name: str, value: Any) -> None:
         """FSDP1 puts a wrapper into the place of an entry in this way; the wrapper is then what is at work."""
         super().__setattr__(name, value)
-        if name in self.live_names:
+        if isinstance(value, nn.Module) and name in self.live_names:
             self.choose(self.live_names)
 
 
@@ -45,13 +65,18 @@ class AdaptedLayer(nn.Module):
 
     adapters: LiveDict
     base: type[BaseWeight]
-    unmerged: dict[str, Tensor] | None
+    unmerged: dict[str, Any] | None
+    # The attribute that answers as `bias` while a trained copy does (see `biases`).
+    live_bias: str | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The layer's own forward with its live adapters in it."""
-        live: Any = self.adapters.live
+        adapters = self.adapters
+        live: Any = adapters.live if adapters.rows is None else adapters.rows.units
         if not live:
             return super().forward(*args, **kwargs)
+        if adapters.rows is not None:
+            return live[0].run_by_row(adapters.rows, self, *args, **kwargs)
         return live[0].run(live, self, *args, **kwargs)
 
     def frozen(self, *args: Any, **kwargs: Any) -> Any:
@@ -95,8 +120,14 @@ class SavedModule(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The forward of the live copy."""
-        live = self.copies.live
-        return live[0](*args, **kwargs) if live else super().forward(*args, **kwargs)
+        copies = self.copies
+        if copies.rows is not None:
+            return self._by_row(copies.rows, *args, **kwargs)
+        return copies.live[0](*args, **kwargs) if copies.live else super().forward(*args, **kwargs)
+
+    def _by_row(self, rows: Rows, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        own = super().forward
+        return rows.split(lambda i, part: (own if i < 0 else rows.units[i])(part, *args, **kwargs), x)
 
     def copy_among(self, names: Sequence[str]) -> str | None:
         """The first of the adapters `names` that trains this module, which is the one whose copy answers."""

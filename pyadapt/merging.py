@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .base import BaseWeight, base_of
-from .base.kind import is_conv1d
+from .biases import bias_among, check_biases_finite, own_bias, remove_biases, take_over_biases
 from .files import Path
 from .layer import AdaptedLayer, SavedModule, adapted_layers, base_modules, restore_layer
 from .method import AdapterUnit
@@ -20,7 +20,12 @@ from .originals import OriginalWeights
 
 logger = logging.getLogger("pyadapt")
 
-ORIGINAL, DEQUANTIZED, DENSE = "original weights", "dequantised int8 weights", "dense weights"
+ORIGINAL, DENSE = "original weights", "dense weights"
+
+
+def dequantized(base: type[BaseWeight]) -> str:
+    """What a report calls the source of a weight that was dequantised."""
+    return f"dequantised {base.name} weights"
 
 
 @dataclass
@@ -28,10 +33,10 @@ class MergeReport:
     """Where merged weights came from, and how far they are from the exact ones.
 
     Attributes:
-        sources: layer path -> `ORIGINAL`, `DEQUANTIZED` or `DENSE`.
+        sources: layer path -> `ORIGINAL`, `DENSE` or `dequantized(kind)`.
         errors: layer path -> relative error (Frobenius norm) of the stored weight. Over `DENSE` and `ORIGINAL` it is
-            the rounding to the stored dtype, measured; over `DEQUANTIZED` it is the error of the quantisation,
-            estimated from the scales (uniform rounding: scale / sqrt(12) an element).
+            the rounding to the stored dtype, measured; over a dequantised weight it is the error of the quantisation,
+            estimated from the scales (see `BaseWeight.quantization_error`).
     """
 
     sources: dict[str, str] = field(default_factory=dict)
@@ -40,12 +45,13 @@ class MergeReport:
     def __str__(self) -> str:
         """One line a source: how many layers, and their largest error."""
         lines = []
-        for source in (DENSE, ORIGINAL, DEQUANTIZED):
+        others = sorted(set(self.sources.values()) - {DENSE, ORIGINAL})
+        for source in (DENSE, ORIGINAL, *others):
             paths = [path for path, of in self.sources.items() if of == source]
             if paths:
                 largest = max(self.errors[path] for path in paths)
-                kind = "estimated" if source == DEQUANTIZED else "measured"
-                lines.append(f"{len(paths)} layers merged from {source}: relative error at most {largest:.2e} ({kind})")
+                how = "estimated" if source in others else "measured"
+                lines.append(f"{len(paths)} layers merged from {source}: relative error at most {largest:.2e} ({how})")
         return "\n".join(lines) or "no layers merged"
 
 
@@ -59,6 +65,7 @@ class MergedLayer:
         base: the kind of its frozen weight.
         matrix: the merged weight, as `BaseWeight.matrix` shapes it.
         bias: the merged bias, or None where the adapters leave the layer's own.
+        dtype: what the weight is stored in.
     """
 
     path: str
@@ -66,26 +73,30 @@ class MergedLayer:
     base: type[BaseWeight]
     matrix: Tensor
     bias: Tensor | None
+    dtype: torch.dtype
 
     def plain(self) -> dict[str, Tensor]:
         """The parameters of the plain layer that have changed, by attribute."""
-        plain = self.base.plain(self.layer, self.matrix)
+        plain = self.base.plain(self.layer, self.stored())
         return plain if self.bias is None else {**plain, "bias": self.bias.to(self.layer.bias.dtype)}
+
+    def stored(self) -> Tensor:
+        """`matrix` in the dtype it is stored in."""
+        return self.matrix.to(self.dtype)
 
     def check_finite(self) -> None:
         """Refuse a NaN or an infinity, also one that comes from rounding to the stored dtype."""
-        dtype = self.base.dtype(self.layer)
         for values in (self.matrix, self.bias):
-            if values is not None and not bool(torch.isfinite(values.to(dtype)).all()):
+            if values is not None and not bool(torch.isfinite(values.to(self.dtype)).all()):
                 raise ValueError(
-                    f"merging would put a NaN or an infinity into {self.path} ({dtype}); the model is unchanged. "
+                    f"merging would put a NaN or an infinity into {self.path} ({self.dtype}); the model is unchanged. "
                     "Look for a NaN in the adapter's weights, or a scaling too large for the dtype"
                 )
 
     def rounding_error(self) -> float:
         """The relative error (Frobenius norm) that storing the weight in its dtype makes."""
         norm = self.matrix.norm()
-        stored = self.matrix.to(self.base.dtype(self.layer)).to(self.matrix.dtype)
+        stored = self.stored().to(self.matrix.dtype)
         return 0.0 if norm == 0 else float((stored - self.matrix).norm() / norm)
 
 
@@ -99,7 +110,9 @@ def merge_in_place(model: nn.Module, names: Sequence[str]) -> None:
         merged.check_finite()
     for merged in _merged_in_place(model, names):
         layer = merged.layer
-        layer.unmerged = {name: value.detach().clone() for name, value in _replaced(layer, merged.bias).items()}
+        layer.unmerged = layer.base.keep(layer)
+        if merged.bias is not None:
+            layer.unmerged["bias"] = own_bias(layer).detach().clone()
         layer.base.assign(layer, merged.matrix)
         _assign_bias(layer, merged.bias)
 
@@ -108,9 +121,8 @@ def unmerge_in_place(model: nn.Module) -> None:
     """Put back, bit for bit, the weights from before `merge_in_place`."""
     for _, layer in adapted_layers(model):
         if layer.unmerged is not None:
-            with torch.no_grad():
-                for name, value in layer.unmerged.items():
-                    getattr(layer, name).copy_(value)
+            layer.base.put_back(layer, layer.unmerged)
+            _assign_bias(layer, layer.unmerged.get("bias"))
             layer.unmerged = None
 
 
@@ -132,13 +144,15 @@ def merged_weights(
         if base is None or not (units or base.quantized):
             continue
         if base.quantized and originals is not None:
-            source, matrix = ORIGINAL, _original_matrix(originals, path, layer, base)
+            source, matrix = ORIGINAL, originals.matrix(path, layer, base)
         else:
-            source, matrix = DEQUANTIZED if base.quantized else DENSE, base.matrix(layer)
-        merged = _fold(path, layer, base, matrix, units)
+            source, matrix = dequantized(base) if base.quantized else DENSE, base.matrix(layer)
+        bias = bias_among(layer, names)
+        merged = _fold(path, layer, base, matrix, bias, units, base.dense_dtype(layer, model))
         merged.check_finite()
+        estimated = source not in (DENSE, ORIGINAL)
         report.sources[path] = source
-        report.errors[path] = base.quantization_error(layer) if source == DEQUANTIZED else merged.rounding_error()
+        report.errors[path] = base.quantization_error(layer) if estimated else merged.rounding_error()
         yield merged
 
 
@@ -155,11 +169,14 @@ def merge_to_plain(model: nn.Module, names: Sequence[str], original: Path | None
     """
     for _ in merged_weights(model, names, original, MergeReport()):
         pass
+    check_biases_finite(model, names)
+    take_over_biases(model, names)
+    remove_biases(model)
     report = MergeReport()
     for merged in merged_weights(model, names, original, report):
         if isinstance(merged.layer, AdaptedLayer):
             restore_layer(merged.layer)
-        merged.base.make_dense(merged.layer, merged.matrix)
+        merged.base.make_dense(merged.layer, merged.stored())
         _assign_bias(merged.layer, merged.bias)
     logger.info("%s", report)
     return report
@@ -187,7 +204,8 @@ def _merged_in_place(model: nn.Module, names: Sequence[str]) -> Iterator[MergedL
     for path, layer in adapted_layers(model):
         units = _units(layer, names)
         if units:
-            yield _fold(path, layer, layer.base, layer.base.matrix(layer), units)
+            bias = bias_among(layer, names)
+            yield _fold(path, layer, layer.base, layer.base.matrix(layer), bias, units, layer.base.dtype(layer))
 
 
 def _units(layer: nn.Module, names: Sequence[str]) -> list[AdapterUnit]:
@@ -196,31 +214,26 @@ def _units(layer: nn.Module, names: Sequence[str]) -> list[AdapterUnit]:
     return [unit for name in names if (unit := layer.unit(name)) is not None]
 
 
-def _fold(path: str, layer: Any, base: type[BaseWeight], matrix: Tensor, units: Sequence[AdapterUnit]) -> MergedLayer:
-    bias = getattr(layer, "bias", None)
+def _fold(
+    path: str,
+    layer: Any,
+    base: type[BaseWeight],
+    matrix: Tensor,
+    bias: Tensor | None,
+    units: Sequence[AdapterUnit],
+    dtype: torch.dtype,
+) -> MergedLayer:
     before = None if bias is None else bias.detach().to(matrix.dtype, copy=True)
     after = before
-    for unit in units:
-        matrix, after = unit.fold(matrix, after)
-    return MergedLayer(path, layer, base, matrix, None if after is before else after)
-
-
-def _replaced(layer: Any, bias: Tensor | None) -> dict[str, Tensor]:
-    """What of the layer a merge writes over, by attribute."""
-    stored: dict[str, Tensor] = dict(layer.base.stored(layer))
-    return stored if bias is None else {**stored, "bias": layer.bias}
+    try:
+        for fold in [unit.folding(matrix, before) for unit in units]:
+            matrix, after = fold(matrix, after)
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be merged: {error}") from None
+    return MergedLayer(path, layer, base, matrix, None if after is before else after, dtype)
 
 
 def _assign_bias(layer: Any, bias: Tensor | None) -> None:
     if bias is not None:
         with torch.no_grad():
-            layer.bias.copy_(bias)
-
-
-def _original_matrix(originals: OriginalWeights, path: str, layer: nn.Module, base: type[BaseWeight]) -> Tensor:
-    """The weight from before quantisation as a new (N, K) tensor, at least as wide as fp32."""
-    n, k = base.shape(layer)
-    transposed = is_conv1d(layer)
-    plain = originals.read(path, torch.Size((k, n) if transposed else (n, k)))
-    wide = torch.promote_types(base.dtype(layer), torch.float32)
-    return (plain.t() if transposed else plain).to(wide, copy=True)
+            own_bias(layer).copy_(bias)

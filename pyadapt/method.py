@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -14,12 +15,32 @@ from .config import AdapterConfig
 if TYPE_CHECKING:
     from .base import BaseWeight
     from .layer import AdaptedLayer
+    from .planning import Plan
+    from .rows import Rows
 
 # peft_type -> method. A file in `methods/` adds itself with `@register`.
 METHODS: dict[str, type[LayerMethod]] = {}
 
+# What folds an adapter into a layer's weight and bias as other adapters have left them: see `AdapterUnit.fold`.
+Fold = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
+
 # What a plan says of a layer whose adapter runs on torch's own operators.
 TORCH_ROUTE = "torch"
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """What a fresh adapter starts from beside its layers' own weights, worked out before anything is changed.
+
+    Attributes:
+        plan: what is put on the model; its configuration may have become another (ranks by EVA).
+        values: path of a layer -> attribute of its unit -> first value, where `AdapterUnit.initialize` cannot know it.
+        finish: called last.
+    """
+
+    plan: Plan
+    values: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    finish: Callable[[], object] = field(default=lambda: None)
 
 
 class AdapterUnit(nn.Module, abc.ABC):
@@ -39,6 +60,10 @@ class AdapterUnit(nn.Module, abc.ABC):
 
     # Attribute of the unit -> what follows the layer's path in a PEFT file.
     file_keys: ClassVar[dict[str, str]] = {}
+    # What older files write in place of such a key -> the key.
+    file_aliases: ClassVar[dict[str, str]] = {}
+    # Whether the layer's rows are those of the batch, so that each can have an adapter of its own.
+    by_row: ClassVar[bool] = True
 
     def __init__(
         self, config: Any, path: str, base: type[BaseWeight], layer: Any, device: torch.device, dtype: torch.dtype
@@ -61,6 +86,9 @@ class AdapterUnit(nn.Module, abc.ABC):
     def initialize(self, config: Any, path: str, base: type[BaseWeight], layer: Any) -> None:
         """Give the parameters their first values."""
 
+    def settle(self) -> None:  # noqa: B027 - most have nothing to do
+        """Change the layer's own weight where starting asks for it, once the units of all layers are made."""
+
     @abc.abstractmethod
     def forward(self, x: Tensor, owner: AdaptedLayer, y: Tensor | None = None) -> Tensor:
         """The layer's output with this adapter in it.
@@ -82,6 +110,36 @@ class AdapterUnit(nn.Module, abc.ABC):
             y = unit(*args, owner, y, **kwargs)
         return y
 
+    @staticmethod
+    def run_by_row(rows: Rows, owner: AdaptedLayer, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The layer's output with each row of `x` answered by a unit of its own, or by the layer itself."""
+
+        def answer(i: int, part: Tensor) -> Tensor:
+            if i < 0:
+                return owner.frozen(part, *args, **kwargs)
+            return rows.units[i].run((rows.units[i],), owner, part, *args, **kwargs)
+
+        return rows.split(answer, x)
+
+    def can_take(self, values: Mapping[str, Tensor], config: Any) -> bool:
+        """Whether `take` can put another adapter's values into these parameters as they are.
+
+        Args:
+            values: by what follows the layer's path in a PEFT file.
+            config: that adapter's configuration.
+        """
+        own = {self.file_keys[name]: parameter.shape for name, parameter in self.named_parameters()}
+        return own == {key: value.shape for key, value in values.items()}
+
+    def take(self, values: Mapping[str, Tensor], config: Any, path: str) -> None:
+        """Take over another adapter's values for the layer at `path`, in place."""
+        for name, parameter in self.named_parameters():
+            parameter.copy_(values[self.file_keys[name]])
+
+    def folding(self, matrix: Tensor, bias: Tensor | None) -> Fold:
+        """What folds this adapter in after others; `matrix` and `bias` are the layer's own, before any is."""
+        return self.fold
+
     @abc.abstractmethod
     def fold(self, matrix: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The merged weight and bias.
@@ -90,6 +148,12 @@ class AdapterUnit(nn.Module, abc.ABC):
             matrix: the frozen weight as `BaseWeight.matrix` gives it; it may be changed in place.
             bias: the layer's bias in the dtype of `matrix`, or None.
         """
+
+
+def refuse_data(data: Any) -> None:
+    """Refuse data that no initialisation of the configuration looks at."""
+    if data is not None:
+        raise ValueError('data is given, but only LoRA with init_lora_weights="eva" starts from data')
 
 
 class LayerMethod(abc.ABC):
@@ -116,6 +180,44 @@ class LayerMethod(abc.ABC):
     @abc.abstractmethod
     def check(config: Any, model: nn.Module, paths: list[str]) -> None:
         """Refuse, before anything is changed, what fits the configuration but not these layers of this model."""
+
+    @staticmethod
+    def prepare(plan: Plan, model: nn.Module, data: Any) -> Preparation:
+        """Work out what a fresh adapter starts from where that takes more than one layer at a time.
+
+        Args:
+            plan: what would be put on the model.
+            model: the model, wrapped or not.
+            data: what the user gave for an initialisation that looks at data.
+
+        Raises:
+            ValueError: data is missing, or given where nothing looks at it.
+        """
+        refuse_data(data)
+        return Preparation(plan)
+
+    # A method for whose adapters a weighted sum is defined says so in these three.
+
+    @classmethod
+    def combination(cls, adapters: Sequence[str], weights: Sequence[float], **how: Any) -> Any:
+        """A checked description of a weighted combination.
+
+        Raises:
+            ValueError: the arguments do not fit each other, or the method defines no combination.
+        """
+        raise ValueError(f"{cls.peft_type} adapters cannot be combined by weight")
+
+    @classmethod
+    def combined_config(cls, combination: Any, configs: Sequence[Any], model: nn.Module, paths: Sequence[str]) -> Any:
+        """The configuration of the combined adapter, for the layers at `paths`."""
+        raise ValueError(f"{cls.peft_type} adapters cannot be combined by weight")
+
+    @classmethod
+    def combine(
+        cls, combination: Any, units: Sequence[Any], weights: Sequence[float], new: Any, layer: nn.Module
+    ) -> None:
+        """Give the unit `new` on `layer` the combined weights of `units`, each with its weight."""
+        raise ValueError(f"{cls.peft_type} adapters cannot be combined by weight")
 
 
 def register(method: type[LayerMethod]) -> type[LayerMethod]:

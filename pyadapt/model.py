@@ -10,12 +10,12 @@ from typing import Any, TypeGuard, cast
 
 from torch import Tensor, nn
 
-from . import attach, checkpoint, merging
+from . import attach, checkpoint, hotswapping, merging, mixing, scaling, status, weighting
 from .config import AdapterConfig, as_config
 from .files import Path
 from .integrations.transformers import forget_quantization, is_transformers_model
 from .layer import saved_modules
-from .planning import Plan, count_base_parameters, count_values, make_plan
+from .planning import Plan, count_base_parameters, count_values, prepare
 from .surgery import adopt, is_adopted_by, release
 
 
@@ -59,14 +59,18 @@ class AdaptedModel(nn.Module):
 
     # --- adapters ---------------------------------------------------------------------------------
 
-    def add_adapter(self, *args: Any, **kwargs: Any) -> None:
+    def add_adapter(self, *args: Any, data: Any = None, **kwargs: Any) -> None:
         """Add a fresh adapter: `add_adapter(name, config)` as in PEFT, or `(config, name)` as in transformers.
 
-        It becomes active only where there was none.
+        It becomes active only where there was none. `data` as in `pyadapt.wrap`.
         """
         config, name = _config_and_name(*args, **kwargs)
         attach.check_adapter_name(name, list(self.peft_config))
-        self.add_planned(make_plan(self, as_config(config)), name, trainable=True)
+        self._check_not_merged("add an adapter")
+        start = prepare(self, as_config(config), data)
+        self.add_planned(start.plan, name, trainable=True)
+        attach.fill(self, name, start.values)
+        start.finish()
 
     def load_adapter(
         self,
@@ -97,7 +101,111 @@ class AdaptedModel(nn.Module):
         self._check_names(names)
         self._check_not_merged("switch adapters")
         self.adapter_state.active = names
-        self._refresh()
+        self.refresh()
+
+    def add_weighted_adapter(
+        self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str, **how: Any
+    ) -> None:
+        """Add an adapter that is a weighted combination of others; it is not active.
+
+        Args:
+            adapters: names of the adapters to combine.
+            weights: a number for each; negative ones subtract.
+            adapter_name: what the new adapter is called.
+            how: for LoRA `combination_type` and its options, see `pyadapt.methods.lora.combining.Combination`.
+
+        Raises:
+            ValueError: a name is unknown or taken, or the options do not fit the adapters; the model is unchanged.
+            RuntimeError: adapters are merged.
+        """
+        self._check_names(adapters)
+        attach.check_adapter_name(adapter_name, list(self.peft_config))
+        self._check_not_merged("combine adapters")
+        weighting.add_weighted(self, adapter_name, adapters, weights, **how)
+
+    def rename_adapter(self, old: str, new: str) -> None:
+        """Call the adapter `old` `new`; whether it is active, and its place among the others, stay.
+
+        Raises:
+            ValueError: `old` is not there, or `new` is taken or no name.
+            RuntimeError: adapters are merged.
+        """
+        self._check_names([old])
+        self._check_not_merged("rename an adapter")
+        attach.check_adapter_name(new, list(self.peft_config))
+        attach.rename(self, old, new)
+        self.peft_config = {(new if name == old else name): config for name, config in self.peft_config.items()}
+        self.adapter_state.active = [new if name == old else name for name in self.adapter_state.active]
+
+    def hotswap_adapter(self, path: Path, adapter_name: str = "default", strict: bool = True, **hub: Any) -> bool:
+        """Give an adapter the weights of the one in the folder (or hub repository) `path`.
+
+        Compiled code stays valid where the new weights fit into the old shapes, with no higher rank.
+
+        Returns:
+            Whether they fitted; if not, the adapter was loaded anew under its name.
+
+        Raises:
+            AdapterFileError: the files are missing, damaged or do not fit; the model is unchanged.
+            ValueError: an unknown name.
+            RuntimeError: adapters are merged.
+        """
+        self._check_names([adapter_name])
+        self._check_not_merged("swap an adapter")
+        return hotswapping.hotswap(self, adapter_name, path, strict, **hub)
+
+    def pad_ranks(self, rank: int) -> None:
+        """Raise the rank of each adapter to `rank` with zeros, so that adapters of up to that rank can be swapped in.
+
+        The adapters' outputs and scalings stay; call it before compiling.
+
+        Raises:
+            ValueError: an adapter has no rank, or a higher one.
+            RuntimeError: adapters are merged.
+        """
+        self._check_not_merged("pad adapters")
+        hotswapping.pad_ranks(self, rank)
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Train adapters, or stop training them, whether they are active or not.
+
+        `set_adapter` decides it anew.
+        """
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        self._check_names(names)
+        for name in names:
+            attach.set_trainable(self, name, requires_grad)
+
+    @contextlib.contextmanager
+    def rescaled(self, factor: float, adapter_names: str | Sequence[str] | None = None) -> Iterator[None]:
+        """Inside the block adapters (by default all) add `factor` times what they would.
+
+        Raises:
+            TypeError: `factor` is no number.
+            ValueError: an unknown name, or a method without a scaling.
+            RuntimeError: adapters are merged.
+        """
+        self._check_not_merged("rescale adapters")
+        before = scaling.scalings(self, self._names_or_all(adapter_names))
+        self.rescale(factor, adapter_names)
+        try:
+            yield
+        finally:
+            scaling.set_scalings(before)
+
+    def rescale(self, factor: float, adapter_names: str | Sequence[str] | None = None) -> None:
+        """Let adapters (by default all) add `factor` times what they did, for as long as they are in memory.
+
+        The configuration, and so the files, keep the old scaling. Raises as `rescaled` does.
+        """
+        self._check_not_merged("rescale adapters")
+        scaling.rescale(self, self._names_or_all(adapter_names), factor)
+
+    def set_scale(self, adapter_name: str, scale: float) -> None:
+        """Let an adapter add `scale` times what its configuration says. Raises as `rescaled` does."""
+        self._check_names([adapter_name])
+        self._check_not_merged("rescale adapters")
+        scaling.set_scale(self, adapter_name, scale)
 
     def delete_adapter(self, adapter_name: str | Sequence[str]) -> None:
         """Remove adapters and free their weights."""
@@ -109,7 +217,7 @@ class AdaptedModel(nn.Module):
             del self.peft_config[name]
         state = self.adapter_state
         state.active = [name for name in state.active if name not in names] or list(self.peft_config)[:1]
-        self._refresh()
+        self.refresh()
 
     @property
     def active_adapters(self) -> AdapterNames:
@@ -139,7 +247,7 @@ class AdaptedModel(nn.Module):
             yield
         finally:
             self.adapter_state.enabled = was_enabled
-            self._refresh()
+            self.refresh()
             if merged:
                 self.merge_adapter(merged)
 
@@ -147,12 +255,12 @@ class AdaptedModel(nn.Module):
         """Let the base model answer until `enable_adapters`."""
         self._check_not_merged("disable adapters", remedy="unmerge_adapter() first, or use `with disable_adapter()`")
         self.adapter_state.enabled = False
-        self._refresh()
+        self.refresh()
 
     def enable_adapters(self) -> None:
         """Undo `disable_adapters`."""
         self.adapter_state.enabled = True
-        self._refresh()
+        self.refresh()
 
     # --- merging ----------------------------------------------------------------------------------
 
@@ -171,7 +279,7 @@ class AdaptedModel(nn.Module):
         self._check_not_merged("merge again")
         merging.merge_in_place(self, names)
         self.adapter_state.merged = names
-        self._refresh()
+        self.refresh()
 
     def unmerge_adapter(self) -> None:
         """Take merged adapters out of the weights again, bit for bit.
@@ -183,7 +291,7 @@ class AdaptedModel(nn.Module):
             raise RuntimeError("no adapter is merged, so there is nothing to unmerge")
         merging.unmerge_in_place(self)
         self.adapter_state.merged = ()
-        self._refresh()
+        self.refresh()
 
     def merge_and_unload(
         self, adapter_names: Sequence[str] | None = None, original: Path | None = None, **unused: Any
@@ -223,7 +331,7 @@ class AdaptedModel(nn.Module):
         for name, parameter in self.named_parameters():
             if name in self.adapter_state.trained_before:
                 parameter.requires_grad_(True)
-        release(self, AdaptedModel)
+        release(self, AdaptedGenerator if isinstance(self, AdaptedGenerator) else AdaptedModel)
         forget_adapters(self)
         return self
 
@@ -240,6 +348,8 @@ class AdaptedModel(nn.Module):
         state_dict: dict[str, Tensor] | None = None,
         is_main_process: bool = True,
         push_to_hub: bool = False,
+        as_plain_lora: bool = False,
+        path_initial_model_for_weight_conversion: Path | None = None,
         **kwargs: Any,
     ) -> None:
         """Write the adapters (all, or the selected ones) as PEFT does: a few megabytes, never the base model.
@@ -250,15 +360,20 @@ class AdaptedModel(nn.Module):
             state_dict: the whole model's state dict where an engine has gathered it.
             is_main_process: other processes write nothing.
             push_to_hub: upload the folder afterwards; `repo_id`, `token`, `private`, `commit_message` are passed on.
+            as_plain_lora: write an adapter that started from its layers' weights (PiSSA, OLoRA) as a plain LoRA of twice
+                the rank, which needs no singular values when it is loaded and works beside others.
+            path_initial_model_for_weight_conversion: PEFT's way to ask for the same. The adapter's start is known here,
+                so nothing is read from this folder.
             kwargs: further options of transformers' and PEFT's `save_pretrained`, which mean nothing for adapters here.
         """
         names = list(self.peft_config) if selected_adapters is None else list(selected_adapters)
         self._check_names(names)
         if os.path.isfile(save_directory):
             raise ValueError(f"{os.fspath(save_directory)} is a file; a folder is needed")
+        plain = as_plain_lora or path_initial_model_for_weight_conversion is not None
         if is_main_process:
             for name in names:
-                checkpoint.save_adapter(self, save_directory, name, self.peft_config[name], state_dict)
+                checkpoint.save_adapter(self, save_directory, name, self.peft_config[name], state_dict, plain)
             if push_to_hub:
                 hub = {key: kwargs[key] for key in ("token", "private", "commit_message") if key in kwargs}
                 _upload(
@@ -284,7 +399,7 @@ class AdaptedModel(nn.Module):
         tensors = checkpoint.adapter_state_dict(self, name, state_dict)
         return {key.removeprefix(checkpoint.KEY_PREFIX): tensor for key, tensor in tensors.items()}
 
-    # --- figures ----------------------------------------------------------------------------------
+    # --- reports ---------------------------------------------------------------------------------
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """(trained values, all values); each value of the base counts once, also where a copy of it is trained."""
@@ -297,6 +412,39 @@ class AdaptedModel(nn.Module):
         """Print the trained and all parameters, and their ratio in percent."""
         trained, total = self.get_nb_trainable_parameters()
         print(f"trainable params: {trained} || all params: {total} || trainable%: {100 * trained / total}")
+
+    def get_layer_status(self) -> list[status.LayerStatus]:
+        """The state of each layer that carries an adapter."""
+        return status.layer_status(self)
+
+    def get_model_status(self) -> status.ModelStatus:
+        """The state of all adapters together; what differs between layers is "irregular"."""
+        return status.model_status(self)
+
+    # --- a batch with an adapter for each row ------------------------------------------------------
+
+    def __call__(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        """Call the model.
+
+        Args:
+            args: as its own forward.
+            adapter_names: the adapter for each row of the batch, `"__base__"` for none; by default the active ones
+                serve all rows.
+            kwargs: as its own forward.
+        """
+        if adapter_names is None:
+            return super().__call__(*args, **kwargs)
+        with self._mixed(adapter_names, args, kwargs):
+            return super().__call__(*args, **kwargs)
+
+    def _mixed(
+        self, names: Sequence[str], args: Sequence[Any], kwargs: dict[str, Any]
+    ) -> contextlib.AbstractContextManager[None]:
+        self._check_names([name for name in dict.fromkeys(names) if name != mixing.BASE_MODEL], allow_none=True)
+        self._check_not_merged("choose adapters by row")
+        mixing.check_batch(names, args, kwargs)
+        mixing.check_mixable(self, names)
+        return mixing.mixed(self, names)
 
     # --- inside -----------------------------------------------------------------------------------
 
@@ -314,24 +462,42 @@ class AdaptedModel(nn.Module):
             )
         self.peft_config[name] = config
         self.adapter_state.active = self.adapter_state.active or [name]
-        self._refresh()
+        self.refresh()
 
-    def _refresh(self) -> None:
+    def refresh(self) -> None:
         """Bring the layers in line with `adapter_state`."""
         state = self.adapter_state
-        attach.choose_live(self, state.active if state.enabled else (), merged=bool(state.merged))
+        at_work = state.merged or state.active
+        attach.choose_live(self, at_work if state.enabled else (), merged=bool(state.merged))
         for name, config in self.peft_config.items():
             attach.set_trainable(self, name, name in state.active and not config.inference_mode)
 
-    def _check_names(self, names: Sequence[str]) -> None:
+    def _names_or_all(self, names: str | Sequence[str] | None) -> list[str]:
+        chosen = list(self.peft_config) if names is None else [names] if isinstance(names, str) else list(names)
+        self._check_names(chosen)
+        return chosen
+
+    def _check_names(self, names: Sequence[str], allow_none: bool = False) -> None:
         unknown = [name for name in names if name not in self.peft_config]
-        if unknown or not names:
+        if unknown or not (names or allow_none):
             had = ", ".join(map(repr, self.peft_config)) or "none"
             raise ValueError(f"no adapter is called {', '.join(map(repr, unknown)) or 'nothing'}; there are {had}")
 
     def _check_not_merged(self, action: str, remedy: str = "unmerge_adapter() first") -> None:
         if self.adapter_state.merged:
             raise RuntimeError(f"cannot {action}: {', '.join(self.adapter_state.merged)} is merged; {remedy}")
+
+
+class AdaptedGenerator(AdaptedModel):
+    """Mixin of a wrapped model that generates."""
+
+    def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        """The model's own `generate`; `adapter_names` as in `AdaptedModel.__call__`, one for each row of the input."""
+        generate = super().generate  # type: ignore[misc]
+        if adapter_names is None:
+            return generate(*args, **kwargs)
+        with self._mixed(adapter_names, args, kwargs):
+            return generate(*args, **kwargs)
 
 
 def is_wrapped(model: nn.Module) -> TypeGuard[AdaptedModel]:
@@ -343,7 +509,7 @@ def make_adapted(model: nn.Module) -> AdaptedModel:
     """Turn a plain model into an adapted one that has no adapters yet: its weights are frozen."""
     trained = frozenset(name for name, parameter in model.named_parameters() if parameter.requires_grad)
     checkpointing = _is_checkpointing(model)
-    model = adopt(model, AdaptedModel)
+    model = adopt(model, AdaptedGenerator if hasattr(model, "generate") else AdaptedModel)
     model.peft_config = {}
     model.adapter_state = AdapterState(trained_before=trained)
     model._hf_peft_config_loaded = True

@@ -27,6 +27,7 @@ import torch
 _NAME = "pyadapt._native"
 
 
+@functools.cache
 def core() -> ModuleType | None:
     """The extension module, or None where it is disabled or does not load. Raises on a wrong ``PYADAPT_CPU_ISA``."""
     module = _load()
@@ -35,6 +36,7 @@ def core() -> ModuleType | None:
     return module
 
 
+# Cached by itself, so that a failure is warned of once.
 @functools.cache
 def _load() -> ModuleType | None:
     if os.environ.get("PYADAPT_NATIVE") == "0":

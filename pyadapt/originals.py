@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .base import BaseWeight
 from .files import AdapterFileError, Path
 from .integrations.transformers import is_transformers_model
 from .surgery import original_class
@@ -55,6 +56,14 @@ class OriginalWeights:
         if tensor.shape != plain_shape:
             raise AdapterFileError(f"{self._path}: {key} is {tuple(tensor.shape)}, not {tuple(plain_shape)}")
         return tensor
+
+    def matrix(self, layer_path: str, layer: nn.Module, base: type[BaseWeight]) -> Tensor:
+        """The weight of `layer` as a new tensor of the shape of `base.matrix(layer)`, at least as wide as fp32."""
+        n, k = base.shape(layer)
+        transposed = base.plain_is_transposed(layer)
+        plain = self.read(layer_path, torch.Size((k, n) if transposed else (n, k)))
+        wide = torch.promote_types(base.dtype(layer), torch.float32)
+        return (plain.t() if transposed else plain).to(wide, copy=True)
 
     def _read_loaded(self, layer_path: str) -> Tensor:
         if not is_transformers_model(self._model) or not os.path.isdir(self._path):

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
-from .base import base_of
+from .base import BaseWeight, base_of
+from .biases import is_bias_copy, own_bias, plan_biases
 from .config import AdapterConfig
 from .layer import AdaptedLayer, SavedModule, base_modules
-from .method import METHODS, AdapterUnit, LayerMethod
+from .method import METHODS, AdapterUnit, LayerMethod, Preparation
 from .surgery import check_adoptable
-from .targets import paths_to_save, resolve
+from .targets import adapted_places, paths_to_save, resolve
 
 # Tokens of the training step that a plan names the kernel for.
 PLANNED_TOKENS = 512
@@ -66,12 +67,14 @@ class Plan:
         layers: the layers that get an adapter.
         saved: path -> number of parameters of each module that is trained whole.
         base_parameters: number of values in the base model, each counted once.
+        biases: path -> number of values of each of the model's biases that is trained; 0 where it is an earlier one.
     """
 
     config: Any
     layers: list[LayerPlan]
     saved: dict[str, int]
     base_parameters: int
+    biases: dict[str, int] = field(default_factory=dict)
 
     @property
     def method(self) -> type[LayerMethod]:
@@ -81,11 +84,12 @@ class Plan:
     @property
     def trainable_parameters(self) -> int:
         """Number of values that training would change."""
-        return sum(layer.parameters for layer in self.layers) + sum(self.saved.values())
+        of_base = sum(self.saved.values()) + sum(self.biases.values())
+        return sum(layer.parameters for layer in self.layers) + of_base
 
     @property
     def all_parameters(self) -> int:
-        """The base, each value once, and the adapters; a module that is trained whole is part of the base."""
+        """The base, each value once, and the adapters; what is trained of the base is part of it."""
         return self.base_parameters + sum(layer.parameters for layer in self.layers)
 
     def as_dict(self) -> dict[str, Any]:
@@ -94,6 +98,7 @@ class Plan:
             "config": self.config.to_dict(),
             "layers": [layer.as_dict() for layer in self.layers],
             "modules_to_save": dict(self.saved),
+            "biases": dict(self.biases),
             "trainable_parameters": self.trainable_parameters,
             "all_parameters": self.all_parameters,
         }
@@ -114,6 +119,8 @@ class Plan:
             for layer in self.layers
         ]
         rows += [(path, "trained whole", "", "", "", f"{count:,}", "") for path, count in self.saved.items()]
+        if self.biases:
+            rows.append((f"{len(self.biases)} biases", "trained", "", "", "", f"{sum(self.biases.values()):,}", ""))
         widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
         lines = [
             "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
@@ -135,15 +142,25 @@ def make_plan(model: nn.Module, config: AdapterConfig) -> Plan:
     resolved, paths = resolve(config, model)
     method = METHODS[config.peft_type]
     method.check(resolved, model, paths)
+    saved = paths_to_save(resolved.modules_to_save or (), model)
     return Plan(
         config=resolved,
         layers=[_plan_layer(method, resolved, path, model.get_submodule(path)) for path in paths],
-        saved={
-            path: _plan_saved(path, model.get_submodule(path))
-            for path in paths_to_save(resolved.modules_to_save or (), model)
-        },
+        saved={path: _plan_saved(path, model.get_submodule(path)) for path in saved},
         base_parameters=count_base_parameters(model),
+        biases=_count_biases(model, plan_biases(resolved, model, paths, saved)),
     )
+
+
+def prepare(model: nn.Module, config: AdapterConfig, data: Any = None) -> Preparation:
+    """Plan a fresh adapter and work out what it starts from; nothing is changed.
+
+    Raises:
+        ValueError: the configuration does not fit the model or the data.
+        RuntimeError: the model is in a state that cannot be wrapped.
+    """
+    plan = make_plan(model, config)
+    return plan.method.prepare(plan, model, data)
 
 
 def check_wrappable(model: nn.Module) -> None:
@@ -156,11 +173,12 @@ def check_wrappable(model: nn.Module) -> None:
         raise RuntimeError("this model is sharded already: wrap it first, then shard it")
 
 
-def _check_not_on_disk(path: str, layer: nn.Module) -> None:
+def _check_not_on_disk(path: str, base: type[BaseWeight], layer: nn.Module) -> None:
     """Refuse a layer whose weight accelerate keeps on disk: it could be neither trained nor merged."""
     weights = getattr(getattr(layer, "_hf_hook", None), "weights_map", None)
     loader = getattr(weights, "dataset", weights)
-    if f"{getattr(weights, 'prefix', '')}weight" in (getattr(loader, "index", None) or {}):
+    on_disk = getattr(loader, "index", None) or {}
+    if any(f"{getattr(weights, 'prefix', '')}{name}" in on_disk for name in base.stored(layer)):
         raise RuntimeError(
             f"the weight of {path} is offloaded to disk; load the model with a device_map that keeps the adapted "
             "layers in memory (more max_memory, or quantize it first)"
@@ -168,7 +186,13 @@ def _check_not_on_disk(path: str, layer: nn.Module) -> None:
 
 
 def count_values(parameter: nn.Parameter) -> int:
-    """How many values `parameter` has; ZeRO-3 leaves an empty tensor in place and keeps the true size beside it."""
+    """How many values `parameter` has, whatever tensor is in its place.
+
+    ZeRO-3 leaves an empty one there and keeps the size beside it; bitsandbytes packs two values of 4 bits into a byte.
+    """
+    quant_state = getattr(parameter, "quant_state", None)
+    if quant_state is not None:
+        return quant_state.shape.numel()
     return getattr(parameter, "ds_numel", parameter.numel())
 
 
@@ -180,9 +204,20 @@ def count_base_parameters(model: nn.Module) -> int:
         # A kind's weight comes first; the rest is what it is read with.
         scales = set(list(base.stored(module))[1:]) if base is not None and base.quantized else set()
         for name, parameter in module.named_parameters(recurse=False):
-            if name not in scales:
+            if name not in scales and not is_bias_copy(name):
                 counted[id(parameter)] = count_values(parameter)
     return sum(counted.values())
+
+
+def _count_biases(model: nn.Module, paths: list[str]) -> dict[str, int]:
+    """Path -> values of the bias; 0 where it is that of an earlier path."""
+    counted: dict[str, int] = {}
+    seen: set[int] = set()
+    for path in paths:
+        bias = own_bias(model.get_submodule(path))
+        counted[path] = 0 if id(bias) in seen else count_values(bias)
+        seen.add(id(bias))
+    return counted
 
 
 def _plan_layer(method: type[LayerMethod], config: Any, path: str, layer: nn.Module) -> LayerPlan:
@@ -190,9 +225,9 @@ def _plan_layer(method: type[LayerMethod], config: Any, path: str, layer: nn.Mod
     assert base is not None
     if not isinstance(layer, AdaptedLayer):
         check_adoptable(path, layer)
-    _check_not_on_disk(path, layer)
-    out_features, in_features = base.shape(layer)
+    _check_not_on_disk(path, base, layer)
     try:
+        out_features, in_features = base.shape(layer)
         unit_class = method.unit_class(config, base)
         shapes = unit_class.shapes(config, path, base, layer)
     except ValueError as error:
@@ -203,7 +238,7 @@ def _plan_layer(method: type[LayerMethod], config: Any, path: str, layer: nn.Mod
         base=base.name,
         out_features=out_features,
         in_features=in_features,
-        rank=method.rank(config, path),
+        rank=max(method.rank(config, place) for place in adapted_places(config, path, layer)),
         shapes={unit_class.file_keys[attribute]: shape for attribute, shape in shapes.items()},
         kernel=unit_class.route(config, path, base, layer, PLANNED_TOKENS),
         unit_class=unit_class,
@@ -213,10 +248,10 @@ def _plan_layer(method: type[LayerMethod], config: Any, path: str, layer: nn.Mod
 def _plan_saved(path: str, module: nn.Module) -> int:
     if not isinstance(module, SavedModule):
         check_adoptable(path, module)
-    frozen = [name for name, parameter in module.named_parameters() if not parameter.is_floating_point()]
-    if frozen:
+    kinds = [base for inner in module.modules() if (base := base_of(inner)) is not None and base.quantized]
+    if kinds:
         raise ValueError(
-            f"modules_to_save: {path!r} is quantised ({frozen[0]}) and cannot be trained; "
-            f"leave it out with quantize(model, skip=[..., {path!r}])"
+            f"modules_to_save: {path!r} is quantised ({kinds[0].name}) and cannot be trained; leave it dense: "
+            f"quantize(model, skip=[..., {path!r}]), or llm_int8_skip_modules of BitsAndBytesConfig"
         )
     return sum(count_values(p) for name, p in module.named_parameters() if not name.startswith("copies."))

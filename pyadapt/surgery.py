@@ -53,6 +53,12 @@ def release(module: nn.Module, mixin: type[nn.Module]) -> None:
     _rebind_hooked_forward(module)
 
 
+def make_plain(module: nn.Module, cls: type[nn.Module]) -> None:
+    """Give `module`, whose attributes fit it by now, the class `cls` for good."""
+    module.__class__ = cls
+    _rebind_hooked_forward(module)
+
+
 def is_adopted_by(module: nn.Module, mixin: type[nn.Module]) -> bool:
     """Whether `adopt` put `mixin` on `module`, whatever was put on it since."""
     return isinstance(module, mixin)

@@ -74,22 +74,68 @@ def resolve(config: Any, model: nn.Module) -> tuple[Any, list[str]]:
         ValueError: nothing matches (with the nearest names that exist), or a match is no layer that can be adapted.
     """
     saved = modules_to_save(config, model)
+    holders = parameter_holders(config, saved, model)
     wanted = config.target_modules
     if wanted is None:
-        wanted = default_targets(model)
+        # As in PEFT, parameters that are named stand alone only in a model that has no defaults.
+        wanted = [] if holders and _model_type(model) not in DEFAULT_TARGETS else default_targets(model)
     elif isinstance(wanted, str) and wanted.lower() == ALL_LINEAR:
         wanted = sorted(all_linear(model))
     matched = [path for path, _ in base_modules(model) if path and matches(wanted, path)]
     if isinstance(wanted, list):
         _check_each_target_exists(wanted, matched, model)
-    chosen = [path for path in matched if _is_kept(config, saved, path)]
+    kept = [path for path in matched if _is_kept(config, saved, path)]
+    _check_kinds(kept, model)
+    _check_not_in_both(kept, holders)
+    chosen = [path for path, _ in base_modules(model) if path in {*kept, *holders}]
     if not chosen:
         raise ValueError(_nothing_matches(config, wanted, matched, model))
-    _check_kinds(chosen, model)
     # PEFT's files say it of a model with Conv1D layers, whatever the user's configuration said.
     transposed = any(is_conv1d(model.get_submodule(path)) for path in chosen)
     resolved = config.replaced(target_modules=wanted, modules_to_save=saved or None, fan_in_fan_out=transposed)
     return resolved, chosen
+
+
+def targeted_parameters(config: Any, path: str, module: nn.Module) -> list[str]:
+    """Names of the parameters of `module` itself that `config.target_parameters` means, in the module's order."""
+    wanted = getattr(config, "target_parameters", None)
+    if not wanted or not path:
+        return []
+    return [name for name, _ in module.named_parameters(recurse=False) if matches(wanted, f"{path}.{name}")]
+
+
+def adapted_places(config: Any, path: str, module: nn.Module) -> list[str]:
+    """What rank and scaling are looked up for on the adapted module at `path`: itself, or its adapted parameters."""
+    base = base_of(module)
+    names = targeted_parameters(config, path, module) if base is not None and base.form == "experts" else []
+    return [f"{path}.{name}" for name in names] or [path]
+
+
+def parameter_holders(config: Any, saved: list[str], model: nn.Module) -> list[str]:
+    """Paths of the modules whose own parameters `config.target_parameters` means.
+
+    As in PEFT, neither `exclude_modules` nor `layers_to_transform` counts.
+
+    Raises:
+        ValueError: nothing matches (with the nearest names that exist), or a match cannot be adapted.
+    """
+    wanted = getattr(config, "target_parameters", None)
+    if not wanted:
+        return []
+    if isinstance(wanted, str):
+        raise ValueError(f"target_parameters={wanted!r} is one string; a list of names is needed: [{wanted!r}]")
+    named = {path: module for path, module in base_modules(model) if path}
+    found = {path: names for path, module in named.items() if (names := targeted_parameters(config, path, module))}
+    every = [f"{path}.{name}" for path, module in named.items() for name, _ in module.named_parameters(recurse=False)]
+    matched = [f"{path}.{name}" for path, names in found.items() for name in names]
+    missing = [name for name in wanted if not any(_ends_with(parameter, name) for parameter in matched)]
+    if len(missing) == len(wanted):
+        raise ValueError("target_parameters: " + "; ".join(_no_such_parameter(name, every) for name in missing))
+    if missing:
+        logger.warning("target_parameters not in this model: %s", ", ".join(missing))
+    for path, names in found.items():
+        _check_parameters(path, names, named[path])
+    return [path for path in found if not _is_saved(saved, path)]
 
 
 def modules_to_save(config: AdapterConfig, model: nn.Module) -> list[str]:
@@ -147,7 +193,7 @@ def output_heads(model: nn.Module) -> set[str]:
 
 def default_targets(model: nn.Module) -> list[str]:
     """What is adapted when the configuration does not say: by the model's type, else by its structure."""
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    model_type = _model_type(model)
     if model_type in DEFAULT_TARGETS:
         return list(DEFAULT_TARGETS[model_type])
     attention = [path for path in all_linear(model) if any(_ATTENTION.search(part) for part in path.split(".")[:-1])]
@@ -164,14 +210,20 @@ def default_targets(model: nn.Module) -> list[str]:
     return chosen
 
 
+def _model_type(model: nn.Module) -> Any:
+    return getattr(getattr(model, "config", None), "model_type", None)
+
+
 def _is_kept(config: Any, saved: list[str], path: str) -> bool:
     excluded = getattr(config, "exclude_modules", None)
     if excluded and matches(excluded, path):
         return False
-    # A module that is trained whole is not adapted as well.
-    if any(re.match(rf"(^|.*\.){re.escape(name)}($|\..*)", path) for name in saved):
-        return False
-    return _is_in_wanted_block(config, path)
+    return not _is_saved(saved, path) and _is_in_wanted_block(config, path)
+
+
+def _is_saved(saved: list[str], path: str) -> bool:
+    """Whether `path` is, or lies in, a module that is trained whole and so not adapted as well."""
+    return any(re.match(rf"(^|.*\.){re.escape(name)}($|\..*)", path) for name in saved)
 
 
 def _is_in_wanted_block(config: Any, path: str) -> bool:
@@ -189,10 +241,42 @@ def _is_in_wanted_block(config: Any, path: str) -> bool:
 def _check_kinds(paths: list[str], model: nn.Module) -> None:
     for path in paths:
         layer = model.get_submodule(path)
-        if base_of(layer) is None:
+        base = base_of(layer)
+        if base is not None and base.form == "experts":
+            parameters = [f"{path.rpartition('.')[2]}.{name}" for name in base.stored(layer)]
+            raise ValueError(
+                f"target {path!r} is a {type(layer).__name__}, which keeps its parameters itself; name them in "
+                f"target_parameters={parameters}"
+            )
+        if base is None:
             inside = [f"{path}.{name}" for name, inner in layer.named_modules() if name and is_linear(inner)]
             hint = f"; linear layers inside it: {', '.join(inside[:4])}" if inside else ""
             raise ValueError(f"target {path!r} is a {type(layer).__name__}, which no adapter can be put on{hint}")
+
+
+def _check_parameters(path: str, names: list[str], module: nn.Module) -> None:
+    """Refuse parameters that no unit adapts."""
+    base = base_of(module)
+    adaptable: list[str] = []
+    if base is not None and base.form == "experts":
+        adaptable = list(base.stored(module))
+    elif base is not None and base.form == "linear" and not is_conv1d(module):
+        # The same as an adapter on the layer, and the same file.
+        adaptable = ["weight"]
+    for name in names:
+        if name not in adaptable:
+            shape = tuple(module.get_parameter(name).shape)
+            remedy = f"name the layer, {path!r}, in target_modules" if base is not None else "leave it out"
+            raise ValueError(
+                f"target_parameters: {path}.{name}, of shape {shape} in a {type(module).__name__}, cannot be adapted as a "
+                f"parameter; that takes a floating one of two or three dimensions which its module keeps itself: {remedy}"
+            )
+
+
+def _check_not_in_both(modules: list[str], holders: list[str]) -> None:
+    both = [path for path in holders if path in modules]
+    if both:
+        raise ValueError(f"{both[0]!r} is named in target_modules, and its weight in target_parameters: leave one out")
 
 
 def _check_each_target_exists(wanted: list[str], matched: list[str], model: nn.Module) -> None:
@@ -220,6 +304,13 @@ def _no_such(name: str, paths: list[str]) -> str:
     leaves = sorted({path.rpartition(".")[2] for path in paths if not path.rpartition(".")[2].isdigit()})
     near = difflib.get_close_matches(name.rpartition(".")[2], leaves, n=3, cutoff=0.4)
     return f"no module is named {name!r}; the nearest are {', '.join(near or leaves[:6])}"
+
+
+def _no_such_parameter(name: str, every: list[str]) -> str:
+    parts = name.count(".") + 1
+    ends = sorted({".".join(path.split(".")[-parts:]) for path in every})
+    near = difflib.get_close_matches(name, ends, n=3, cutoff=0.4)
+    return f"no parameter is named {name!r}; the nearest are {', '.join(near or ends[:6])}"
 
 
 def _ends_with(path: str, name: str) -> bool:

@@ -11,10 +11,10 @@ from . import attach, checkpoint
 from .config import as_config
 from .files import Path
 from .model import AdaptedModel, is_wrapped, make_adapted
-from .planning import Plan, make_plan
+from .planning import Plan, make_plan, prepare
 
 
-def wrap(model: nn.Module, config: Any, adapter_name: str = "default") -> nn.Module:
+def wrap(model: nn.Module, config: Any, adapter_name: str = "default", data: Any = None) -> nn.Module:
     """Put adapters into `model` and freeze everything else.
 
     The model stays the same object with the same class name, parameters and state-dict keys; a targeted
@@ -24,6 +24,8 @@ def wrap(model: nn.Module, config: Any, adapter_name: str = "default") -> nn.Mod
         model: any `torch.nn.Module`; a transformers model keeps `generate`, `save_pretrained` and the rest.
         config: a `LoraConfig` or another method's, a dict, a path to JSON or YAML, or a `peft` configuration.
         adapter_name: what the adapter is called.
+        data: batches for an initialisation that looks at data (`init_lora_weights="eva"`): an iterable that can be
+            gone through again, such as a `DataLoader`.
 
     Returns:
         `model`, of which everything was checked before anything was changed.
@@ -34,10 +36,13 @@ def wrap(model: nn.Module, config: Any, adapter_name: str = "default") -> nn.Mod
     """
     config = as_config(config)
     if is_wrapped(model):
-        model.add_adapter(adapter_name, config)
+        model.add_adapter(adapter_name, config, data=data)
         return model
     attach.check_adapter_name(adapter_name, [])
-    return _put(model, make_plan(model, config), adapter_name, trainable=True)
+    start = prepare(model, config, data)
+    adapted = _put(model, start.plan, adapter_name, trainable=True, values=start.values)
+    start.finish()
+    return adapted
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -98,13 +103,20 @@ def merge(model: nn.Module, original: Path | None = None) -> nn.Module:
 
 
 def _put(
-    model: nn.Module, plan: Plan, name: str, *, trainable: bool, tensors: Mapping[str, Tensor] | None = None
+    model: nn.Module,
+    plan: Plan,
+    name: str,
+    *,
+    trainable: bool,
+    tensors: Mapping[str, Tensor] | None = None,
+    values: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> nn.Module:
     """Wrap a plain model; whatever fails, it is plain again."""
     adapted = make_adapted(model)
     try:
         adapted.add_planned(plan, name, trainable=trainable)
         checkpoint.fill_adapter(adapted, name, tensors or {})
+        attach.fill(adapted, name, values or {})
     except BaseException:
         adapted.unload()
         raise

@@ -22,26 +22,66 @@ DType import_dtype(const ElementType& type, const char* name) {
                     std::to_string(type.bits) + " bits; wanted float32, bfloat16, float16 or int8");
 }
 
-}  // namespace
-
-Tensor import_tensor(const View& view, const char* name) {
+void check_device(const View& view, const char* name) {
     if (view.device.type != device_cpu)
         throw ValueError(std::string(name) + " is on the DLPack device type " + std::to_string(view.device.type) +
                          "; wanted the CPU (1)");
-    if (view.dims < 1 || view.dims > 2)
-        throw ValueError(std::string(name) + " has " + std::to_string(view.dims) + " dimensions; wanted 1 or 2");
-    Tensor tensor = {name, static_cast<char*>(view.data) + view.byte_offset, import_dtype(view.dtype, name), view.dims,
+}
+
+// A view of one or two dimensions as the core sees it.
+Tensor make_tensor(const View& view, const std::int64_t* sizes, const std::int64_t* strides, int dims,
+                   const char* name) {
+    Tensor tensor = {name, static_cast<char*>(view.data) + view.byte_offset, import_dtype(view.dtype, name), dims,
                      {1, 1}, {1, 1}};
     std::int64_t elements = 1;
-    for (int d = 0; d < view.dims; ++d) elements *= view.sizes[d];
+    for (int d = 0; d < dims; ++d) elements *= sizes[d];
     std::int64_t dense = 1;
-    for (int d = view.dims - 1; d >= 0; --d) {
-        tensor.sizes[d] = view.sizes[d];
+    for (int d = dims - 1; d >= 0; --d) {
+        tensor.sizes[d] = sizes[d];
         // The stride of a single row or column, or of an empty tensor, means nothing and may be anything.
-        tensor.strides[d] = view.strides && view.sizes[d] > 1 && elements > 0 ? view.strides[d] : dense;
+        tensor.strides[d] = strides && sizes[d] > 1 && elements > 0 ? strides[d] : dense;
+        dense *= sizes[d];
+    }
+    if (elements > 0 && !view.data) throw ValueError(std::string(name) + " has no memory of its own to read or write");
+    return tensor;
+}
+
+bool is_dense(const View& view) {
+    std::int64_t dense = 1;
+    bool empty = false, gaps = false;
+    for (int d = view.dims - 1; d >= 0; --d) {
+        gaps |= view.strides && view.sizes[d] > 1 && view.strides[d] != dense;
+        empty |= view.sizes[d] == 0;
         dense *= view.sizes[d];
     }
-    return tensor;
+    return empty || !gaps;
+}
+
+}  // namespace
+
+bool has_unit_stride(const View& view, bool along_either) {
+    if (view.dims != 2) return is_dense(view);
+    const auto unit = [&](int d) { return !view.strides || view.sizes[d] <= 1 || view.strides[d] == 1; };
+    return view.sizes[0] == 0 || unit(1) || (along_either && unit(0));
+}
+
+Tensor import_tensor(const View& view, const char* name) {
+    check_device(view, name);
+    if (view.dims < 1 || view.dims > 2)
+        throw ValueError(std::string(name) + " has " + std::to_string(view.dims) + " dimensions; wanted 1 or 2");
+    return make_tensor(view, view.sizes, view.strides, view.dims, name);
+}
+
+Tensor import_rows(const View& view, const char* name) {
+    check_device(view, name);
+    if (view.dims == 2) return make_tensor(view, view.sizes, view.strides, 2, name);
+    if (view.dims < 1) throw ValueError(std::string(name) + " has no dimensions; wanted at least 1");
+    if (!is_dense(view))
+        throw ValueError(std::string(name) + " has " + std::to_string(view.dims) +
+                         " dimensions with gaps between them; wanted two, or a contiguous tensor");
+    std::int64_t sizes[2] = {1, view.sizes[view.dims - 1]};
+    for (int d = 0; d < view.dims - 1; ++d) sizes[0] *= view.sizes[d];
+    return make_tensor(view, sizes, nullptr, 2, name);
 }
 
 }  // namespace pyadapt::dlpack

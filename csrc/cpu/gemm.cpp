@@ -191,20 +191,26 @@ void gemm(const Gemm* products, int count) {
     if (tasks == 0) return;
     const int team = work < serial_work ? 1 : static_cast<int>(least(products[0].threads, tasks));
     float* memory = workspace(team * share);
-    // In the order given, so that the small tasks of a last product fill the gaps that the large ones leave.
-#pragma omp parallel for schedule(dynamic, 1) num_threads(team) if (team > 1)
-    for (std::int64_t task = 0; task < tasks; ++task) {
+    const auto run = [&](std::int64_t task, int thread) {
         std::int64_t t = task;
         int i = 0;
         while (t >= grids[i].tasks()) t -= grids[i++].tasks();
         const Gemm& product = products[i];
         const Grid& grid = grids[i];
-        const Scratch scratch(memory + omp_get_thread_num() * share, grid);
+        const Scratch scratch(memory + thread * share, grid);
         const std::int64_t row = t % grid.down * grid.tile_height, col = t / grid.down * grid.tile_width;
         Task{product, scratch, row, least(grid.tile_height, product.rows - row), col,
              least(grid.tile_width, product.cols - col), grid.tile_width}
             .run();
+    };
+    // Entering a parallel region costs more than a small product, even with a team of one.
+    if (team == 1) {
+        for (std::int64_t task = 0; task < tasks; ++task) run(task, 0);
+        return;
     }
+    // In the order given, so that the small tasks of a last product fill the gaps that the large ones leave.
+#pragma omp parallel for schedule(dynamic, 1) num_threads(team)
+    for (std::int64_t task = 0; task < tasks; ++task) run(task, omp_get_thread_num());
 }
 
 }  // namespace pyadapt::cpu::PYADAPT_ISA

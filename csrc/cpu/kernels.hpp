@@ -89,6 +89,29 @@ struct DequantizeRows {
     int threads = 1;
 };
 
+// A range of depth steps.
+struct Steps {
+    std::int64_t first, count;
+};
+
+// One of many small, independent products: rows [row, row + rows) of out = left right', summed over some ranges of the
+// depth in their order. Rows, columns and steps are counted as the operands and the masks count them.
+//
+//   a segment's rows:   out = [out +] mask(alpha left right')          an adapter's sum:   out = alpha left right'
+struct SegmentProduct {
+    std::int64_t row = 0, rows = 0, cols = 0;
+    const Steps* steps = nullptr;
+    std::int64_t ranges = 0;  // of steps; none: the product is zero
+    Operand left, right;
+    float alpha = 1.0f;
+    const Dropout* mask = nullptr;
+    bool add_out = false;
+    void* out = nullptr;
+    DType out_dtype = DType::f32;
+    std::int64_t out_stride = 0;
+    std::int64_t first_task = 0;  // the kernel's own
+};
+
 constexpr int most_products = 2;
 
 struct Kernels {
@@ -98,6 +121,8 @@ struct Kernels {
     void (*skinny)(const Skinny&);
     void (*quantize_rows)(const QuantizeRows&);
     void (*dequantize_rows)(const DequantizeRows&);
+    // Any number of products that do not depend on each other, in one team.
+    void (*segments)(SegmentProduct* products, std::int64_t count, int threads);
 };
 
 }  // namespace pyadapt::cpu

@@ -130,11 +130,17 @@ void skinny(const Skinny& layer) {
     }
     const std::int64_t groups = (layer.cols + cols_at_once - 1) / cols_at_once;
     const int team = layer.rows * layer.cols * layer.depth < serial_work ? 1 : layer.threads;
-#pragma omp parallel for schedule(static) num_threads(team) if (team > 1)
-    for (std::int64_t group = 0; group < groups; ++group) {
+    const auto run = [&](std::int64_t group) {
         const std::int64_t n = group * cols_at_once, rest = layer.cols - n;
         columns(layer, x, n, rest < cols_at_once ? rest : cols_at_once);
+    };
+    // Entering a parallel region costs more than a small product, even with a team of one.
+    if (team == 1) {
+        for (std::int64_t group = 0; group < groups; ++group) run(group);
+        return;
     }
+#pragma omp parallel for schedule(static) num_threads(team)
+    for (std::int64_t group = 0; group < groups; ++group) run(group);
 }
 
 }  // namespace pyadapt::cpu::PYADAPT_ISA

@@ -34,10 +34,16 @@ class Int8Layer(nn.Module):
     bias: nn.Parameter | None
     # What the layer was before, for the way back.
     dense_dtype: torch.dtype
+    # The attribute that answers as `bias` while a trained copy does.
+    live_bias: str | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., K) -> (..., N) in the dtype of x, or autocast's."""
-        return FrozenLinear.apply(x, self, output_dtype(x))
+        if self.live_bias is None:
+            return FrozenLinear.apply(x, self, output_dtype(x))
+        # A bias that is trained is added where autograd sees it.
+        y = FrozenLinear.apply(x, self, output_dtype(x), False)
+        return y + self.bias.to(y.dtype)
 
     def operands(self) -> Operands:
         """The int8 weight, its scale and the bias; read again in backward."""

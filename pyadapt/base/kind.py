@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import abc
 import sys
+from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-# Asked in order; a file in `base/` adds its kind with `@register`.
+# Asked in order, the quantised ones first, as their layers may look dense; a file in `base/` adds its kind with
+# `@register`.
 KINDS: list[type[BaseWeight]] = []
 
 
@@ -17,7 +19,8 @@ class Operands(NamedTuple):
     """What a kernel reads of a frozen layer.
 
     Attributes:
-        weight: (N, K), a view of the layer's own parameter; either dimension may be the contiguous one.
+        weight: (N, K), a view of the layer's own parameter where that can be multiplied as it is, else a tensor for
+            this product alone; either dimension may be the contiguous one.
         weight_scale: (N,) fp32 for an int8 weight, else None.
         bias: (N,) or None.
     """
@@ -72,15 +75,47 @@ class BaseWeight(abc.ABC):
         """Make `layer` a plain layer that holds `matrix` in its original dtype."""
 
     @classmethod
+    def dense_dtype(cls, layer: Any, model: nn.Module) -> torch.dtype:
+        """The dtype that a merge gives the plain layer; `model` tells it where the layer does not remember its own."""
+        return cls.dtype(layer)
+
+    @classmethod
     def plain(cls, layer: Any, matrix: Tensor) -> dict[str, Tensor]:
         """`matrix` as the plain layer would store it, by attribute name: original dtype and orientation."""
         matrix = matrix.to(cls.dtype(layer))
-        return {"weight": matrix.t().contiguous() if is_conv1d(layer) else matrix}
+        return {"weight": matrix.t().contiguous() if cls.plain_is_transposed(layer) else matrix}
+
+    @classmethod
+    def plain_is_transposed(cls, layer: Any) -> bool:
+        """Whether the plain layer stores its weight as (K, N)."""
+        return is_conv1d(layer)
 
     @staticmethod
     @abc.abstractmethod
     def stored(layer: Any) -> dict[str, nn.Parameter]:
         """The parameters that hold the weight, by attribute name: the weight first, then what it is read with."""
+
+    @classmethod
+    def operand_dtype(cls, layer: Any) -> torch.dtype:
+        """The dtype of the weight that `operands` gives."""
+        return next(iter(cls.stored(layer).values())).dtype
+
+    @classmethod
+    def state_names(cls, layer: Any) -> list[str]:
+        """The names in the layer's state dict that hold the weight and what it is read with."""
+        return list(cls.stored(layer))
+
+    @classmethod
+    def keep(cls, layer: Any) -> dict[str, Any]:
+        """Copies of all that the weight is made of, for `put_back`."""
+        return {name: value.detach().clone() for name, value in cls.stored(layer).items()}
+
+    @classmethod
+    def put_back(cls, layer: Any, kept: Mapping[str, Any]) -> None:
+        """Give the layer, bit for bit, the weight that `keep` has copied."""
+        with torch.no_grad():
+            for name, value in cls.stored(layer).items():
+                value.copy_(kept[name])
 
     @staticmethod
     def quantization_error(layer: Any) -> float:
@@ -111,6 +146,7 @@ def check_at_hand(layer: nn.Module) -> None:
 def register(kind: type[BaseWeight]) -> type[BaseWeight]:
     """Class decorator: add a kind of base weight."""
     KINDS.append(kind)
+    KINDS.sort(key=lambda kind: not kind.quantized)
     return kind
 
 

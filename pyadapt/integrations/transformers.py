@@ -81,8 +81,8 @@ def mark_quantized(model: Any, skip: Iterable[str] | None) -> None:
 
 
 def forget_quantization(model: Any) -> None:
-    """Take off what `mark_quantized` left, for a model whose layers are all dense again."""
-    for name in ("hf_quantizer", "quantization_method", "is_quantized"):
+    """Take off what `mark_quantized` or transformers left, for a model whose layers are all dense again."""
+    for name in ("hf_quantizer", "quantization_method", "is_quantized", "is_loaded_in_8bit", "is_loaded_in_4bit"):
         model.__dict__.pop(name, None)
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config

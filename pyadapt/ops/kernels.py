@@ -1,6 +1,7 @@
 """The native CPU kernels as functions of tensors: outputs are allocated here, everything is checked over there.
 
-Operands may have any row stride. What lacks a unit stride (an expanded gradient, say) is copied for the call.
+Operands may have any row stride; what lacks a unit stride (an expanded gradient, say) is copied for the call. x and g
+of a whole layer may have any leading dimensions, which y and dx then have too.
 """
 
 from __future__ import annotations
@@ -8,27 +9,24 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils.dlpack import to_dlpack
+from torch import Tensor, get_num_threads
 
 from pyadapt import native
 
-
-def _capsule(tensor: Tensor) -> Any:
-    return to_dlpack(tensor if tensor.stride(-1) == 1 else tensor.contiguous())
-
-
-def _weight(weight: Tensor) -> Any:
-    """W as it lies: (N, K) with unit stride along either dimension."""
-    return to_dlpack(weight if 1 in weight.stride() else weight.contiguous())
+_core: Any = native.core
+_CPU = torch.device("cpu")
 
 
-def _optional(tensor: Tensor | None) -> Any:
-    return None if tensor is None else _capsule(tensor)
+def _new(rows: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
+    """An output of as many rows."""
+    if rows.ndim == 2:
+        return torch.empty(rows.shape[0], columns, dtype=dtype, device=_CPU)
+    return torch.empty(*rows.shape[:-1], columns, dtype=dtype, device=_CPU)
 
 
-def _core() -> Any:
-    return native.core()
+def _new_like(tensor: Tensor) -> Tensor:
+    """An output of the same shape and dtype, without gaps."""
+    return torch.empty_like(tensor) if tensor.is_contiguous() else tensor.new_empty(tensor.shape)
 
 
 def linear_forward(
@@ -40,23 +38,23 @@ def linear_forward(
     skinny: bool = False,
 ) -> Tensor:
     """y = x W' scale + bias."""
-    y = x.new_empty((x.shape[0], weight.shape[0]), dtype=out_dtype)
+    y = _new(x, weight.shape[0], out_dtype)
     _core().linear_forward(
-        _capsule(x),
-        _weight(weight),
-        _optional(weight_scale),
-        _optional(bias),
-        to_dlpack(y),
+        x,
+        weight,
+        weight_scale,
+        bias,
+        y,
         skinny,
-        torch.get_num_threads(),
+        get_num_threads(),
     )
     return y
 
 
 def linear_dx(g: Tensor, weight: Tensor, weight_scale: Tensor | None, x_dtype: torch.dtype) -> Tensor:
     """dx = g W."""
-    dx = g.new_empty((g.shape[0], weight.shape[1]), dtype=x_dtype)
-    _core().linear_dx(_capsule(g), _weight(weight), _optional(weight_scale), to_dlpack(dx), torch.get_num_threads())
+    dx = _new(g, weight.shape[1], x_dtype)
+    _core().linear_dx(g, weight, weight_scale, dx, get_num_threads())
     return dx
 
 
@@ -74,22 +72,23 @@ def lora_forward(
     skinny: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """(y, S)."""
-    y = x.new_empty((x.shape[0], weight.shape[0]), dtype=out_dtype)
-    S = x.new_empty((x.shape[0], A.shape[0]), dtype=torch.float32)
+    y = _new(x, weight.shape[0], out_dtype)
+    M = x.shape[0] if x.ndim == 2 else x.shape[:-1].numel()
+    S = torch.empty(M, A.shape[0], dtype=torch.float32, device=_CPU)
     _core().lora_forward(
-        _capsule(x),
-        _weight(weight),
-        _optional(weight_scale),
-        _optional(bias),
-        _capsule(A),
-        _capsule(B),
-        to_dlpack(y),
-        to_dlpack(S),
+        x,
+        weight,
+        weight_scale,
+        bias,
+        A,
+        B,
+        y,
+        S,
         scaling,
         dropout_p,
-        _optional(seed),
+        seed,
         skinny,
-        torch.get_num_threads(),
+        get_num_threads(),
     )
     return y, S
 
@@ -108,31 +107,31 @@ def lora_backward(
     need_dx: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dx, dA, dB); dx is empty when it is not asked for."""
-    dx = x.new_empty(x.shape if need_dx else (0,))
-    dA, dB = A.new_empty(A.shape), B.new_empty(B.shape)
+    dx = _new_like(x) if need_dx else x.new_empty(0)
+    dA, dB = _new_like(A), _new_like(B)
     _core().lora_backward(
-        _capsule(g),
-        _capsule(x),
-        _weight(weight),
-        _optional(weight_scale),
-        _capsule(A),
-        _capsule(B),
-        _capsule(S),
-        to_dlpack(dx) if need_dx else None,
-        to_dlpack(dA),
-        to_dlpack(dB),
+        g,
+        x,
+        weight,
+        weight_scale,
+        A,
+        B,
+        S,
+        dx if need_dx else None,
+        dA,
+        dB,
         scaling,
         dropout_p,
-        _optional(seed),
-        torch.get_num_threads(),
+        seed,
+        get_num_threads(),
     )
     return dx, dA, dB
 
 
 def shrink(x: Tensor, A: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor:
     """S = drop(x) A'."""
-    S = x.new_empty((x.shape[0], A.shape[0]), dtype=torch.float32)
-    _core().lora_shrink(_capsule(x), _capsule(A), to_dlpack(S), dropout_p, _optional(seed), torch.get_num_threads())
+    S = _new(x, A.shape[0], torch.float32)
+    _core().lora_shrink(x, A, S, dropout_p, seed, get_num_threads())
     return S
 
 
@@ -141,13 +140,13 @@ def expand_(
 ) -> Tensor:
     """y = y scale + bias + s S B', in place."""
     _core().lora_expand(
-        _capsule(S),
-        _capsule(B),
-        _optional(weight_scale),
-        _optional(bias),
-        to_dlpack(y),
+        S,
+        B,
+        weight_scale,
+        bias,
+        y,
         scaling,
-        torch.get_num_threads(),
+        get_num_threads(),
     )
     return y
 
@@ -163,30 +162,28 @@ def gradients(
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dS, dA, dB) = (s g B, dS' drop(x), s g' S)."""
-    dS = S.new_empty(S.shape)
-    dA, dB = A.new_empty(A.shape), B.new_empty(B.shape)
+    dS = _new_like(S)
+    dA, dB = _new_like(A), _new_like(B)
     _core().lora_gradients(
-        _capsule(g),
-        _capsule(x),
-        _capsule(A),
-        _capsule(B),
-        _capsule(S),
-        to_dlpack(dS),
-        to_dlpack(dA),
-        to_dlpack(dB),
+        g,
+        x,
+        A,
+        B,
+        S,
+        dS,
+        dA,
+        dB,
         scaling,
         dropout_p,
-        _optional(seed),
-        torch.get_num_threads(),
+        seed,
+        get_num_threads(),
     )
     return dS, dA, dB
 
 
 def expand_dx_(dx: Tensor, dS: Tensor, A: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor:
     """dx = dx + mask(dS A), in place."""
-    _core().lora_expand_dx(
-        _capsule(dS), _capsule(A), to_dlpack(dx), dropout_p, _optional(seed), torch.get_num_threads()
-    )
+    _core().lora_expand_dx(dS, A, dx, dropout_p, seed, get_num_threads())
     return dx
 
 
@@ -194,12 +191,12 @@ def quantize_rows(w: Tensor) -> tuple[Tensor, Tensor]:
     """(q, scale); the scale of a row that holds a NaN or Inf is NaN."""
     q = w.new_empty(w.shape, dtype=torch.int8)
     scale = w.new_empty(w.shape[0], dtype=torch.float32)
-    _core().quantize_rows(_capsule(w), to_dlpack(q), to_dlpack(scale), torch.get_num_threads())
+    _core().quantize_rows(w, q, scale, get_num_threads())
     return q, scale
 
 
 def dequantize_rows(q: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
     """q scale; with no scale the integers themselves."""
     out = q.new_empty(q.shape, dtype=dtype)
-    _core().dequantize_rows(_capsule(q), _optional(scale), to_dlpack(out), torch.get_num_threads())
+    _core().dequantize_rows(q, scale, out, get_num_threads())
     return out

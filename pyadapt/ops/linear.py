@@ -11,7 +11,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import kernels, panels, registry, routes
 
@@ -33,6 +32,16 @@ def dense(weight: Tensor, weight_scale: Tensor | None, dtype: torch.dtype) -> Te
     """W in a floating dtype, the scale of an int8 weight multiplied in."""
     W = weight.to(dtype)
     return W if weight_scale is None else W * weight_scale.to(dtype)[:, None]
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """x (..., K) as (M, K)."""
+    return x.reshape(-1, x.shape[-1])
+
+
+def like_rows(y: Tensor, x: Tensor) -> Tensor:
+    """y (M, N) with the leading dimensions of x (..., K)."""
+    return y.view(*x.shape[:-1], y.shape[-1])
 
 
 def linear_forward_reference(
@@ -90,25 +99,31 @@ registry.define(
 )
 
 
-class FrozenLinear(torch.autograd.Function):
+class FrozenLinear(registry.Function):
     """A frozen linear layer over any leading dimensions: saves nothing, reads W again in backward."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, owner: FrozenOwner, out_dtype: torch.dtype) -> Tensor:
-        """y (..., N) for x (..., K)."""
+    def forward(ctx: Any, x: Tensor, owner: FrozenOwner, out_dtype: torch.dtype, with_bias: bool = True) -> Tensor:
+        """y (..., N) for x (..., K). Without ``with_bias`` the owner's bias is left out of y."""
         weight, weight_scale, bias = owner.operands()
-        rows = x.reshape(-1, x.shape[-1])
-        y = torch.ops.pyadapt.linear_forward(rows, weight, weight_scale, bias, out_dtype)
-        ctx.owner, ctx.x_dtype = owner, x.dtype
-        return y.view(*x.shape[:-1], y.shape[-1])
+        if not with_bias:
+            bias = None
+        pair = None if registry.watched(x, weight) else routes.native_pair(x, weight, out_dtype)
+        ctx.saved = owner, x.dtype, pair
+        if pair is not None:
+            return kernels.linear_forward(x, weight, weight_scale, bias, out_dtype, pair[0] == "skinny")
+        return like_rows(torch.ops.pyadapt.linear_forward(as_rows(x), weight, weight_scale, bias, out_dtype), x)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, None, None]:
+    @registry.first_order
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, None, None, None]:
         """dx = g W."""
         if not ctx.needs_input_grad[0]:
-            return None, None, None
-        weight, weight_scale, _ = ctx.owner.operands()
-        rows = g.reshape(-1, g.shape[-1])
-        dx = torch.ops.pyadapt.linear_dx(rows, weight, weight_scale, ctx.x_dtype)
-        return dx.view(*g.shape[:-1], dx.shape[-1]), None, None
+            return None, None, None, None
+        owner, x_dtype, pair = ctx.saved
+        weight, weight_scale, _ = owner.operands()
+        if pair is not None and not registry.watched(g, weight):
+            dx = kernels.linear_dx(g, weight, weight_scale, x_dtype)
+        else:
+            dx = like_rows(torch.ops.pyadapt.linear_dx(as_rows(g), weight, weight_scale, x_dtype), g)
+        return dx, None, None, None

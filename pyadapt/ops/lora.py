@@ -19,10 +19,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import kernels, panels, registry, routes
-from .linear import FrozenOwner, compute_dtype, dense
+from .linear import FrozenOwner, as_rows, compute_dtype, dense, like_rows
 from .philox import dropout
 
 
@@ -134,7 +133,7 @@ registry.define(
 )
 
 
-class LoraLinear(torch.autograd.Function):
+class LoraLinear(registry.Function):
     """A frozen linear layer with a LoRA adapter, over any leading dimensions of x."""
 
     @staticmethod
@@ -148,36 +147,44 @@ class LoraLinear(torch.autograd.Function):
         dropout_p: float,
         seed: Tensor | None,
         out_dtype: torch.dtype,
+        with_bias: bool = True,
     ) -> Tensor:
-        """y (..., N) for x (..., K). ``owner.operands()`` is read here and again in backward, never kept."""
+        """y (..., N) for x (..., K). ``owner.operands()`` is read here and again in backward, never kept.
+
+        Without ``with_bias`` the owner's bias is left out of y, for layers whose bias is trained outside.
+        """
         weight, weight_scale, bias = owner.operands()
-        rows = x.reshape(-1, x.shape[-1])
-        y, S = torch.ops.pyadapt.lora_forward(
-            rows, weight, weight_scale, bias, A, B, scaling, dropout_p, seed, out_dtype
-        )
-        ctx.owner, ctx.scaling, ctx.dropout_p = owner, scaling, dropout_p
+        if not with_bias:
+            bias = None
+        pair = None if registry.watched(x, weight, A, B) else routes.native_pair(x, weight, out_dtype, A, B)
+        if pair is not None:
+            skinny = pair[0] == "skinny"
+            y, S = kernels.lora_forward(
+                x, weight, weight_scale, bias, A, B, scaling, dropout_p, seed, out_dtype, skinny
+            )
+        else:
+            y, S = torch.ops.pyadapt.lora_forward(
+                as_rows(x), weight, weight_scale, bias, A, B, scaling, dropout_p, seed, out_dtype
+            )
+            y = like_rows(y, x)
+        ctx.saved = owner, scaling, dropout_p, pair
         # x as it was given: where the rows had to be copied, they are copied again in backward.
         ctx.save_for_backward(x, A, B, S, seed)
-        return y.view(*x.shape[:-1], y.shape[-1])
+        return y
 
     @staticmethod
-    @once_differentiable
+    @registry.first_order
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         """The gradients of x, A and B."""
         x, A, B, S, seed = ctx.saved_tensors
-        weight, weight_scale, _ = ctx.owner.operands()
+        owner, scaling, dropout_p, pair = ctx.saved
+        weight, weight_scale, _ = owner.operands()
         need_dx = ctx.needs_input_grad[0]
-        dx, dA, dB = torch.ops.pyadapt.lora_backward(
-            g.reshape(-1, g.shape[-1]),
-            x.reshape(-1, x.shape[-1]),
-            weight,
-            weight_scale,
-            A,
-            B,
-            S,
-            ctx.scaling,
-            ctx.dropout_p,
-            seed,
-            need_dx,
-        )
-        return dx.view(x.shape) if need_dx else None, dA, dB, None, None, None, None, None
+        if pair is not None and not registry.watched(g, weight):
+            dx, dA, dB = kernels.lora_backward(g, x, weight, weight_scale, A, B, S, scaling, dropout_p, seed, need_dx)
+        else:
+            dx, dA, dB = torch.ops.pyadapt.lora_backward(
+                as_rows(g), as_rows(x), weight, weight_scale, A, B, S, scaling, dropout_p, seed, need_dx
+            )
+            dx = dx.view(x.shape) if need_dx else dx
+        return dx if need_dx else None, dA, dB, None, None, None, None, None, None

@@ -16,12 +16,14 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyadapt import native
 
+NATIVE = ("fused", "skinny")
 FORCIBLE = ("fused", "library", "reference")
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -123,21 +125,56 @@ RULES = (
 
 def choose(op: str, x: Tensor, weight: Tensor, rank: int, *others: torch.dtype) -> str:
     """The route of one call: x (M, K) in a forward, g (M, N) in a backward; ``others`` are further dtypes in play."""
+    return _choose_for(op, x, x.dtype, weight, rank, others)
+
+
+def _choose_for(
+    op: str, x: Tensor, dtype: torch.dtype, weight: Tensor, rank: int, others: tuple[torch.dtype, ...]
+) -> str:
     N, K = weight.shape
     return _choose(
         op,
         x.device.type,
-        x.dtype,
+        dtype,
         weight.dtype,
         others,
         weight.stride(1) == 1,
-        x.shape[0],
+        x.shape[:-1].numel(),
         N,
         K,
         rank,
         native.isa(),
         _forced[-1] if _forced else _from_environment(),
     )
+
+
+# What `native_pair` found, by what it depends on: a layer comes with the same few cases again and again.
+_pairs: dict[tuple[Any, ...], tuple[str, str] | None] = {}
+_MOST_PAIRS = 4096
+
+
+def native_pair(
+    x: Tensor, weight: Tensor, out_dtype: torch.dtype, A: Tensor | None = None, B: Tensor | None = None
+) -> tuple[str, str] | None:
+    """The routes of a layer's forward and backward on x (..., K) if both are native kernels, else None.
+
+    This is asked at each step of each layer, hence a key of what can be read off tensors cheaply.
+    """
+    key: tuple[Any, ...] = (x.shape, x.dtype, x.is_cpu, weight.shape, weight.stride(), weight.dtype, out_dtype)
+    if A is not None and B is not None:
+        key += (A.shape, A.dtype, B.dtype)
+    try:
+        return _pairs[key]
+    except KeyError:
+        pass
+    rank, dtypes = (0, ()) if A is None or B is None else (A.shape[0], (A.dtype, B.dtype))
+    forward = _choose_for("forward", x, x.dtype, weight, rank, (*dtypes, out_dtype))
+    backward = _choose_for("backward", x, out_dtype, weight, rank, (x.dtype, *dtypes))
+    pair = (forward, backward) if forward in NATIVE and backward in NATIVE else None
+    if len(_pairs) >= _MOST_PAIRS:
+        _pairs.clear()
+    _pairs[key] = pair
+    return pair
 
 
 def native_serves(tensor: Tensor, *dtypes: torch.dtype) -> bool:
@@ -223,7 +260,9 @@ def _known(route: str, source: str) -> str:
 def forced(route: str) -> Iterator[None]:
     """Force a route inside a with block, wherever it can serve."""
     _forced.append(_known(route, "the route"))
+    _pairs.clear()
     try:
         yield
     finally:
         _forced.pop()
+        _pairs.clear()

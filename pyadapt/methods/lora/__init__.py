@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 from torch import nn
 
 from ...base import BaseWeight
 from ...config import AdapterConfig
 from ...discovery import import_submodules
-from ...method import LayerMethod, register
+from ...method import LayerMethod, Preparation, refuse_data, register
+from ...planning import Plan
+from ...targets import adapted_places
+from . import eva, loftq
+from .combining import Combination
 from .config import LoraConfig, matches
+from .inits import check_start
 from .unit import UNITS, LoraUnit
+from .weighting import combine, combined_config
 
 import_submodules(__name__, __path__)
 
@@ -35,6 +42,16 @@ class Lora(LayerMethod):
             raise ValueError(f"LoRA cannot adapt {base.form} layers")
         return unit
 
+    @classmethod
+    def combination(
+        cls, adapters: Sequence[str], weights: Sequence[float], svd_full_matrices: bool = True, **how: Any
+    ) -> Combination:
+        """See `LayerMethod.combination`; PEFT's `svd_full_matrices` changes no result and is passed over."""
+        return Combination(adapters, weights, **how)
+
+    combined_config = staticmethod(combined_config)
+    combine = staticmethod(combine)
+
     @staticmethod
     def rank(config: LoraConfig, path: str) -> int:
         """See `LayerMethod.rank`."""
@@ -42,8 +59,19 @@ class Lora(LayerMethod):
 
     @staticmethod
     def check(config: LoraConfig, model: nn.Module, paths: list[str]) -> None:
-        """A pattern that matches no target is a mistake in its spelling."""
+        """A pattern that matches no target is a mistake in its spelling; and each layer must be able to start."""
+        adapted = {path: adapted_places(config, path, model.get_submodule(path)) for path in paths}
+        places = [place for path in paths for place in (path, *adapted[path])]
         for option in ("rank_pattern", "alpha_pattern"):
             for pattern in getattr(config, option):
-                if not any(matches(pattern, path) for path in paths):
+                if not any(matches(pattern, place) for place in places):
                     raise ValueError(f"{option} {pattern!r} matches none of the {len(paths)} adapted layers")
+        check_start(config, model, paths)
+
+    @staticmethod
+    def prepare(plan: Plan, model: nn.Module, data: Any) -> Preparation:
+        """See `LayerMethod.prepare`."""
+        if plan.config.init_lora_weights == "eva":
+            return eva.prepare(plan, model, data)
+        refuse_data(data)
+        return loftq.prepare(plan, model) if plan.config.init_lora_weights == "loftq" else Preparation(plan)

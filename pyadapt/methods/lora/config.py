@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from ...config import AdapterConfig
-from .inits import check_init
+from .inits import complete_options
 
 # Which biases can be trained beside A and B.
 BIASES = ("none", "lora_only", "all")
@@ -95,7 +96,7 @@ class LoraConfig(AdapterConfig):
                 raise ValueError(f"{where}={rank!r}: a rank is a whole number of at least 1")
         if not 0.0 <= self.lora_dropout < 1.0:
             raise ValueError(f"lora_dropout={self.lora_dropout!r} is not in [0, 1)")
-        check_init(self.init_lora_weights)
+        complete_options(self)
         if self.bias not in BIASES:
             raise ValueError(f"bias={self.bias!r} is not one of {', '.join(BIASES)}")
         if self.layers_pattern is not None and self.layers_to_transform is None:
@@ -114,6 +115,17 @@ class LoraConfig(AdapterConfig):
     def rank_of(self, path: str) -> int:
         """The rank for the layer at `path`."""
         return _by_pattern(self.rank_pattern, path, self.r)
+
+    def with_rank(self, r: int, paths: Iterable[str]) -> LoraConfig:
+        """The same scaling at rank `r` on each of the layers at `paths`, to be filled from an adapter that exists."""
+        per_scaling = math.sqrt(r) if self.use_rslora else r
+        alphas = {re.escape(path): self.scaling_of(path) * per_scaling for path in paths}
+        first = next(iter(alphas.values()))
+        if all(alpha == first for alpha in alphas.values()):
+            alphas = {}
+        return self.replaced(
+            r=r, lora_alpha=first, rank_pattern={}, alpha_pattern=alphas, init_lora_weights=True, inference_mode=False
+        )
 
     def scaling_of(self, path: str) -> float:
         """The factor s for the layer at `path`."""

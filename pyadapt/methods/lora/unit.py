@@ -8,8 +8,9 @@ Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021; r
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable
-from typing import Any, ClassVar, TypeVar
+from collections.abc import Callable, Mapping
+from operator import le
+from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +28,9 @@ from .inits import initialize
 
 # (form of a layer, whether DoRA) -> the unit that serves it. A file of this package adds its own with `@adapts`.
 UNITS: dict[tuple[str, bool], type[LoraUnit]] = {}
+
+# Initialisations after which B A is not zero at first, so that an adapter is more than its A and B.
+INITS_THAT_MOVE = ("pissa", "olora", "loftq")
 
 UnitT = TypeVar("UnitT", bound="type[LoraUnit]")
 
@@ -47,7 +51,6 @@ class LoraUnit(AdapterUnit):
     Attributes:
         scaling: the factor s.
         dropout: the probability p of drop().
-        trains_base_bias: whether the layer's own bias is trained, so that autograd must see it added.
     """
 
     file_keys: ClassVar[dict[str, str]] = {
@@ -55,26 +58,35 @@ class LoraUnit(AdapterUnit):
         "lora_B": "lora_B.weight",
         "lora_bias": "lora_B.bias",
     }
-    # Absent where the configuration has no `lora_bias`.
-    lora_bias: nn.Parameter | None = None
+    # None where the configuration has no `lora_bias`.
+    lora_bias: nn.Parameter | None
     # The A and B that the adapter began with where they are not zero together (PiSSA, OLoRA): what the layer starts
     # from is W - s B0 A0. W itself is never changed; the pair is run as -B0 A0 beside BA.
     start_A: Tensor | None
     start_B: Tensor | None
+    # Set by an initialisation that changes the layer's own weight (LoftQ), and called once.
+    change_layer: Callable[[], None] | None = None
 
     def __init__(
         self, config: LoraConfig, path: str, base: type[BaseWeight], layer: Any, device: torch.device, dtype: Any
     ) -> None:
         super().__init__(config, path, base, layer, device, dtype)
+        if not config.lora_bias:
+            self.register_parameter("lora_bias", None)
         self.scaling = config.scaling_of(path)
         self.dropout = config.lora_dropout
-        self.trains_base_bias = config.bias != "none" and getattr(layer, "bias", None) is not None
         self.register_buffer("start_A", None, persistent=False)
         self.register_buffer("start_B", None, persistent=False)
 
     def initialize(self, config: LoraConfig, path: str, base: type[BaseWeight], layer: Any) -> None:
         """See `AdapterUnit.initialize`."""
         initialize(self, config, base, layer)
+
+    def settle(self) -> None:
+        """See `AdapterUnit.settle`."""
+        if self.change_layer is not None:
+            self.change_layer()
+            self.change_layer = None
 
     @abc.abstractmethod
     def parameters_of_factors(self) -> tuple[nn.Parameter, nn.Parameter]:
@@ -97,9 +109,39 @@ class LoraUnit(AdapterUnit):
     def fold(self, matrix: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """See `AdapterUnit.fold`."""
         matrix += self.delta().view_as(matrix)
-        if self.lora_bias is not None and bias is not None:
+        if self.lora_bias is not None:
+            if bias is None:
+                raise ValueError(
+                    "lora_bias=True has trained a bias, and the layer has none that could take it over: "
+                    "save the adapter and load it beside the model in place of merging"
+                )
             bias = bias + self.scaling * self.lora_bias.detach().to(bias.dtype)
         return matrix, bias
+
+    def can_take(self, values: Mapping[str, Tensor], config: LoraConfig) -> bool:
+        """See `AdapterUnit.can_take`; lower ranks are padded with zeros."""
+        own = {self.file_keys[name]: parameter for name, parameter in self.named_parameters()}
+        return (
+            own.keys() == values.keys()
+            and self.start_A is None
+            and not str(config.init_lora_weights).startswith(INITS_THAT_MOVE)
+            and all(self.can_pad(values[key], parameter) for key, parameter in own.items())
+        )
+
+    def can_pad(self, value: Tensor, parameter: nn.Parameter) -> bool:
+        """Whether `value` is `parameter` of a rank that is not higher."""
+        return value.dim() == parameter.dim() and all(map(le, value.shape, parameter.shape))
+
+    def take(self, values: Mapping[str, Tensor], config: LoraConfig, path: str) -> None:
+        """See `AdapterUnit.take`; the ratio of the scalings goes into B and its bias."""
+        ratio = config.scaling_of(path) / self.scaling
+        _, B = self.parameters_of_factors()
+        for name, parameter in self.named_parameters():
+            value = values[self.file_keys[name]]
+            parameter.zero_()
+            parameter[tuple(slice(0, size) for size in value.shape)] = value.to(parameter.dtype)
+            if parameter is B or parameter is self.lora_bias:
+                parameter.mul_(ratio)
 
     def extra_repr(self) -> str:
         """Rank, scaling and dropout, for `print(model)`."""
@@ -125,7 +167,7 @@ class LinearUnit(LoraUnit):
         """See `AdapterUnit.route`."""
         weight = next(iter(base.stored(layer).values()))
         shape = (tokens, *base.shape(layer), config.rank_of(path))
-        return routes.predict("forward", weight.device.type, base.dtype(layer), weight.dtype, *shape).route
+        return routes.predict("forward", weight.device.type, base.dtype(layer), base.operand_dtype(layer), *shape).route
 
     def parameters_of_factors(self) -> tuple[nn.Parameter, nn.Parameter]:
         """See `LoraUnit.parameters_of_factors`."""
@@ -137,20 +179,26 @@ class LinearUnit(LoraUnit):
             return self.lora_A, self.lora_B
         return torch.cat([self.lora_A, self.start_A]), torch.cat([self.lora_B, -self.start_B], dim=1)
 
-    def forward(self, x: Tensor, owner: AdaptedLayer, y: Tensor | None = None) -> Tensor:
-        """See `AdapterUnit.forward`."""
-        A, B = self.working_factors()
+    def forward(self, x: Tensor, owner: AdaptedLayer, y: Tensor | None = None, with_bias: bool = True) -> Tensor:
+        """See `AdapterUnit.forward`; without `with_bias` the layer's own bias is left out, where y is None."""
         p = self.dropout if self.training else 0.0
+        # The start stands for a part of W, of which dropout takes nothing.
+        start_apart = p > 0 and self.start_A is not None
+        A, B = (self.lora_A, self.lora_B) if start_apart else self.working_factors()
         if y is None:
             seed = draw_seed() if p > 0 else None
-            with_bias = not self.trains_base_bias
-            y = LoraLinear.apply(x, A, B, owner, self.scaling, p, seed, output_dtype(x), with_bias)
-            if self.trains_base_bias:
-                y = y + owner.get_parameter("bias").to(y.dtype)
+            # A bias that is trained is added where autograd sees it.
+            trained = owner.live_bias is not None
+            y = LoraLinear.apply(x, A, B, owner, self.scaling, p, seed, output_dtype(x), with_bias and not trained)
+            if with_bias and trained:
+                y = y + owner.bias.to(y.dtype)
         else:
             dropped = F.dropout(x, p) if p > 0 else x
             term = F.linear(F.linear(dropped.to(A.dtype), A), B)
             y = y + (self.scaling * term).to(y.dtype)
+        if start_apart:
+            start = F.linear(F.linear(x.to(A.dtype), cast(Tensor, self.start_A)), cast(Tensor, self.start_B))
+            y = y - (self.scaling * start).to(y.dtype)
         if self.lora_bias is not None:
             y = y + (self.scaling * self.lora_bias).to(y.dtype)
         return y

@@ -1,0 +1,124 @@
+"""Putting another adapter's weights into the place of one that is at work, without wrapping or compiling again."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from . import attach, checkpoint
+from .checkpoint import AdapterFile
+from .config import AdapterConfig
+from .files import Path
+from .layer import adapted_layers
+from .method import AdapterUnit
+from .planning import Plan, make_plan
+
+if TYPE_CHECKING:
+    from .model import AdaptedModel
+
+# What an adapter trains beside its units: two adapters that differ in it do not fit into each other's place.
+_BESIDE_UNITS = ("modules_to_save", "bias", "trainable_token_indices")
+
+
+def hotswap(model: AdaptedModel, name: str, path: Path, strict: bool = True, **hub: str) -> bool:
+    """Give the adapter called `name` the weights of the adapter in `path`.
+
+    Where the new weights fit into the shapes of the old ones, the parameters stay the same objects and compiled code
+    stays valid: lower ranks are padded with zeros, and another scaling is multiplied into the weights, so that the
+    configuration of the adapter stays true. A layer that the new adapter leaves out goes back to its first values,
+    with which it does nothing. Where something does not fit, the adapter is loaded anew under its old name.
+
+    Returns:
+        Whether everything fitted.
+
+    Raises:
+        AdapterFileError: the files are missing, damaged or do not fit; the model is unchanged.
+    """
+    read = checkpoint.read_adapter(model, path, strict=strict, **hub)
+    old, new = model.peft_config[name], read.plan.config
+    units = _units(model, name)
+    values = {row.path: read.values_of(row) for row in read.plan.layers}
+    fits = _same_beside_units(old, new) and all(
+        layer_path in units and units[layer_path].can_take(tensors, new) for layer_path, tensors in values.items()
+    )
+    if not fits:
+        _load_anew(model, name, read)
+        return False
+    checkpoint.fill_adapter(model, name, read.beside_units())
+    # Without a start of its own (PiSSA), an adapter's first values do nothing.
+    at_rest = old.replaced(init_lora_weights=True)
+    with torch.no_grad():
+        for layer_path, unit in units.items():
+            if layer_path in values:
+                unit.take(values[layer_path], new, layer_path)
+            else:
+                layer: Any = model.get_submodule(layer_path)
+                unit.initialize(at_rest, layer_path, layer.base, layer)
+    return True
+
+
+def _same_beside_units(old: AdapterConfig, new: AdapterConfig) -> bool:
+    return type(old) is type(new) and all(getattr(old, key, None) == getattr(new, key, None) for key in _BESIDE_UNITS)
+
+
+def pad_ranks(model: AdaptedModel, rank: int) -> None:
+    """Raise the rank of every adapter to `rank` with zeros; scalings and outputs stay.
+
+    Raises:
+        ValueError: an adapter has no rank, a higher one, or weights that zeros cannot lengthen; the model is unchanged.
+    """
+    places: dict[str, str] = {}
+    try:
+        for name, config in list(model.peft_config.items()):
+            if not hasattr(config, "with_rank"):
+                raise ValueError(f"adapter {name!r} is a {config.peft_type}, which has no rank to pad")
+            old = _units(model, name)
+            plan = make_plan(model, config.with_rank(rank, list(old)))
+            places[name] = _add_beside(model, name, plan)
+            new = _units(model, places[name])
+            for path, unit in old.items():
+                if not new[path].can_take(_values(unit), config):
+                    had = {key: tuple(value.shape) for key, value in _values(unit).items()}
+                    raise ValueError(f"adapter {name!r} on {path} cannot be padded to rank {rank}: it has {had}")
+                with torch.no_grad():
+                    new[path].take(_values(unit), config, path)
+            own = checkpoint.adapter_state_dict(model, name)
+            checkpoint.fill_adapter(model, places[name], AdapterFile(plan, own).beside_units())
+    except BaseException:
+        for beside in places.values():
+            model.delete_adapter(beside)
+        raise
+    for name, beside in places.items():
+        _take_the_place(model, name, beside)
+
+
+def _load_anew(model: AdaptedModel, name: str, read: AdapterFile) -> None:
+    beside = _add_beside(model, name, read.plan)
+    checkpoint.fill_adapter(model, beside, read.tensors)
+    _take_the_place(model, name, beside)
+
+
+def _add_beside(model: AdaptedModel, name: str, plan: Plan) -> str:
+    """Add what is to replace an adapter under a free name: if that fails, the old one is still there."""
+    beside = f"{name}_next"
+    while beside in model.peft_config:
+        beside += "_"
+    model.add_planned(plan, beside, trainable=not model.peft_config[name].inference_mode)
+    return beside
+
+
+def _take_the_place(model: AdaptedModel, name: str, beside: str) -> None:
+    attach.detach(model, name)
+    attach.rename(model, beside, name)
+    model.peft_config[name] = model.peft_config.pop(beside)
+    model.refresh()
+
+
+def _units(model: AdaptedModel, name: str) -> dict[str, AdapterUnit]:
+    return {path: unit for path, layer in adapted_layers(model) if (unit := layer.unit(name)) is not None}
+
+
+def _values(unit: AdapterUnit) -> dict[str, Tensor]:
+    return {unit.file_keys[name]: parameter for name, parameter in unit.named_parameters()}
