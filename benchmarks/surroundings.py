@@ -3,13 +3,14 @@
 - host: forward and backward of a layer so small that the arithmetic costs nothing, in microseconds over the frozen
   layer; one thread. Batches of runs taken in turns, medians.
 - wrap: putting an adapter on a model of 500 linear layers.
-- import: ``import pyadapt`` in a fresh process that has torch already.
+- import: ``import pyadapt`` in a fresh process that has torch already, alone and with its first names looked up.
 - load: adding 50 adapters of 2 MB to a wrapped model, from files that the page cache holds.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +30,7 @@ SIZE, ROWS, RANK = 8, 4, 4
 BATCH = 50  # runs timed together: one run is near the cost of reading the clock, and never as warm as in a model
 WRAPPED, WRAPPED_SIZE = 500, 256  # layers, their width
 LOADED, LOADED_LAYERS, LOADED_SIZE, LOADED_RANK = 50, 32, 512, 16  # adapters; 32 x 16 x (512 + 512) fp32 = 2 MiB
-IMPORT = "import time, torch; start = time.perf_counter(); import pyadapt; print(time.perf_counter() - start)"
+IMPORT = "import time, torch; start = time.perf_counter(); import pyadapt{}; print(time.perf_counter() - start)"
 
 Run = Callable[[], object]
 
@@ -70,13 +71,13 @@ def steps(layer: nn.Module) -> Run:
 
 def host_cases() -> dict[str, tuple[Run, str]]:
     """(run, the frozen case it stands beside) by name."""
-    int8 = pyadapt.quantize(stack(1, SIZE))
+    int8, adapted_int8 = (cast(nn.Sequential, pyadapt.quantize(stack(1, SIZE))) for _ in range(2))
     return {
         "torch frozen": (steps(stack(1, SIZE)[0]), "torch frozen"),
         "pyadapt lora": (steps(adapted(stack(1, SIZE), RANK)[0]), "torch frozen"),
         "peft lora": (steps(adapted_by_peft(stack(1, SIZE), RANK).base_model.model[0]), "torch frozen"),
         "pyadapt frozen int8": (steps(int8[0]), "torch frozen"),
-        "pyadapt lora int8": (steps(adapted(pyadapt.quantize(stack(1, SIZE)), RANK)[0]), "pyadapt frozen int8"),
+        "pyadapt lora int8": (steps(adapted(adapted_int8, RANK)[0]), "pyadapt frozen int8"),
     }
 
 
@@ -90,9 +91,8 @@ def host(seconds: float) -> list[dict[str, object]]:
     finally:
         torch.set_num_threads(threads)
     median = {name: 1e3 * timing.median / BATCH for name, timing in timings.items()}
-    print(
-        f"\nforward + backward of a linear layer {SIZE} -> {SIZE}, {ROWS} rows, r={RANK}\n{'':24}{'us':>10}{'over':>10}"
-    )
+    print(f"\nforward + backward of a linear layer {SIZE} -> {SIZE}, {ROWS} rows, r={RANK}")
+    print(f"{'':24}{'us':>10}{'over':>10}")
     rows = []
     for name, (_, floor) in cases.items():
         over = median[name] - median[floor]
@@ -120,7 +120,7 @@ def wrapping(layers: int, runs: int) -> dict[str, Timing]:
     """Putting an adapter on every layer of a model."""
     verbs = {"pyadapt": adapted, "peft": adapted_by_peft}
     return {
-        name: times(lambda: stack(layers, WRAPPED_SIZE), lambda model, verb=verb: verb(model, RANK), runs)
+        name: times(lambda: stack(layers, WRAPPED_SIZE), functools.partial(verb, rank=RANK), runs)
         for name, verb in verbs.items()
     }
 
@@ -128,10 +128,12 @@ def wrapping(layers: int, runs: int) -> dict[str, Timing]:
 def importing(runs: int) -> dict[str, Timing]:
     """``import pyadapt`` over ``import torch``, each time in a fresh process."""
 
-    def seconds() -> float:
-        return float(subprocess.run([sys.executable, "-c", IMPORT], capture_output=True, text=True, check=True).stdout)
+    def seconds(names: str) -> float:
+        command = [sys.executable, "-c", IMPORT.format(names)]
+        return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
-    return {"pyadapt": Timing([seconds() for _ in range(runs)])}
+    names = {"pyadapt": "", "pyadapt, wrap, LoraConfig": "; pyadapt.wrap; pyadapt.LoraConfig"}
+    return {case: Timing([seconds(used) for _ in range(runs)]) for case, used in names.items()}
 
 
 def loading(adapters: int, runs: int) -> dict[str, Timing]:
@@ -146,11 +148,11 @@ def loading(adapters: int, runs: int) -> dict[str, Timing]:
             for i, path in enumerate(paths):
                 model.load_adapter(path, adapter_name=f"loaded{i}")
 
+        def loadable(verb: Callable[..., Any]) -> Any:
+            return verb(stack(LOADED_LAYERS, LOADED_SIZE), LOADED_RANK)
+
         verbs = {"pyadapt": adapted, "peft": adapted_by_peft}
-        return {
-            name: times(lambda verb=verb: verb(stack(LOADED_LAYERS, LOADED_SIZE), LOADED_RANK), load, runs)
-            for name, verb in verbs.items()
-        }
+        return {name: times(functools.partial(loadable, verb), load, runs) for name, verb in verbs.items()}
 
 
 def row(what: str, case: str, timing: Timing, **figures: object) -> dict[str, object]:
@@ -162,7 +164,7 @@ def report_seconds(what: str, title: str, timings: dict[str, Timing]) -> list[di
     """Print one block and give its rows."""
     print(f"\n{title}\n{'':24}{'s':>10}")
     for name, timing in timings.items():
-        print(f"{name:24}{timing.median:10.3f}")
+        print(f"{name:28}{timing.median:10.3f}")
     empty = {"over": "", "over what": ""}
     return [
         row(what, name, timing, median=round(statistics.median(timing.times), 4), unit="s", **empty)

@@ -60,7 +60,7 @@ dlpack::View view_in(py::handle capsule) {
     return static_cast<dlpack::Managed*>(PyCapsule_GetPointer(capsule.ptr(), "dltensor"))->tensor;
 }
 
-Source source(py::handle object, const char* name) {
+Source source(py::handle object, const char* name) try {
     Source found;
     if (is_capsule(object)) {
         found.view = view_in(object);
@@ -74,6 +74,11 @@ Source source(py::handle object, const char* name) {
                         "; wanted a tensor or an unused DLPack capsule");
     }
     return found;
+} catch (const py::error_already_set& error) {
+    // torch has no view of a meta, sparse or otherwise special tensor.
+    const std::string said = error.what();
+    throw ValueError(std::string(name) + " cannot be read as plain memory (" + said.substr(0, said.find('\n')) +
+                     "); wanted a dense tensor on the CPU");
 }
 
 Tensor tensor(py::handle object, const char* name) { return dlpack::import_tensor(source(object, name).view, name); }

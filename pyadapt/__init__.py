@@ -80,8 +80,19 @@ if TYPE_CHECKING:
     )
     from .files import AdapterFileError as AdapterFileError
     from .integrations.transformers import load_quantized as load_quantized
+    from .kbit import prepare_model_for_int8_training as prepare_model_for_int8_training
+    from .kbit import prepare_model_for_kbit_training as prepare_model_for_kbit_training
     from .merging import MergeReport as MergeReport
     from .methods.lora import LoraConfig as LoraConfig
+    from .methods.lora.afterwards import (
+        get_eva_state_dict as get_eva_state_dict,
+    )
+    from .methods.lora.afterwards import (
+        initialize_lora_eva_weights as initialize_lora_eva_weights,
+    )
+    from .methods.lora.afterwards import (
+        replace_lora_weights_loftq as replace_lora_weights_loftq,
+    )
     from .model import is_wrapped as is_wrapped
     from .planning import Plan as Plan
     from .quantization import quantize as quantize
@@ -111,23 +122,28 @@ _HOMES = {
     "Plan": "planning",
     "TaskType": "config",
     "export": "exporting",
-    "get_peft_config": "familiar",
-    "get_peft_model": "familiar",
-    "get_pet_config": "familiar",
-    "get_pet_model": "familiar",
+    "get_eva_state_dict": "methods.lora.afterwards",
     "get_layer_status": "familiar",
     "get_model_status": "familiar",
+    "get_peft_config": "familiar",
+    "get_peft_model": "familiar",
     "get_peft_model_state_dict": "familiar",
-    "set_peft_model_state_dict": "familiar",
+    "get_pet_config": "familiar",
+    "get_pet_model": "familiar",
     "hotswap_adapter": "familiar",
-    "prepare_model_for_compiled_hotswap": "familiar",
-    "rescale_adapter_scale": "familiar",
+    "initialize_lora_eva_weights": "methods.lora.afterwards",
     "is_wrapped": "model",
     "load": "wrapping",
     "load_quantized": "integrations.transformers",
     "merge": "wrapping",
     "plan": "wrapping",
+    "prepare_model_for_compiled_hotswap": "familiar",
+    "prepare_model_for_int8_training": "kbit",
+    "prepare_model_for_kbit_training": "kbit",
     "quantize": "quantization",
+    "replace_lora_weights_loftq": "methods.lora.afterwards",
+    "rescale_adapter_scale": "familiar",
+    "set_peft_model_state_dict": "familiar",
     "unwrap": "wrapping",
     "wrap": "wrapping",
 }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -24,7 +23,9 @@ from .layer import (
     restore_module,
     saved_modules,
 )
-from .planning import Plan
+from .method import AdapterUnit
+from .placement import copy_with, home_of, placed
+from .planning import LayerPlan, Plan
 
 
 def check_adapter_name(name: str, taken: Sequence[str]) -> None:
@@ -37,21 +38,43 @@ def check_adapter_name(name: str, taken: Sequence[str]) -> None:
         raise ValueError(f"there is an adapter called {name!r} already; delete it first or choose another name")
 
 
-def attach(model: nn.Module, plan: Plan, name: str) -> None:
+def attach(model: nn.Module, plan: Plan, name: str, values: Mapping[str, Mapping[str, Tensor]] | None = None) -> None:
     """Add the adapter that `plan` describes to `model` under `name`.
 
     All weights are made before the first layer is changed, so that running out of memory leaves the model as it was.
+
+    Args:
+        model: a wrapped model.
+        plan: see `planning.make_plan`.
+        name: of the new adapter.
+        values: path of a layer, or of a module that is trained whole -> all its tensors, by what follows the path in a
+            PEFT file. They become its parameters as they are: nothing is drawn, and nothing held twice.
+
+    Raises:
+        RuntimeError: a module that would be trained whole is offloaded, and `values` has none for it.
     """
+    values = values or {}
     units = []
-    for row in plan.layers:
+    owners: dict[str, AdapterUnit] = {}
+    for row in sorted(plan.layers, key=lambda row: row.source is not None):
         layer = model.get_submodule(row.path)
         base = base_of(layer)
         assert base is not None
         dtype = adapter_dtype(base.dtype(layer), plan.config.adapter_dtype)
-        unit = row.unit_class(plan.config, row.path, base, layer, _home_of(base, layer), dtype)
-        unit.initialize(plan.config, row.path, base, layer)
+        if row.source is None:
+            home = home_of(layer, next(iter(base.stored(layer).values())))
+            unit = _make_unit(plan, row, base, layer, home, dtype, values.get(row.path))
+            owners[row.path] = unit
+        else:
+            unit = row.unit_class(plan.config, row.source, base, layer, torch.device("meta"), dtype)
+            unit.follow(owners[row.source], row.source)
         units.append((layer, base, unit.train(layer.training)))
-    copies = [(module, _trainable_copy(module)) for module in map(model.get_submodule, plan.saved)]
+    # One memo for all copies keeps tied what is tied.
+    memo: dict[int, Any] | None = {} if getattr(plan.config, "ensure_weight_tying", False) else None
+    copies = [
+        (model.get_submodule(path), _trainable_copy(model, path, values.get(path), {} if memo is None else memo))
+        for path in plan.saved
+    ]
     biases = copy_biases(model, list(plan.biases))
     for _, _, unit in units:
         unit.settle()
@@ -74,8 +97,7 @@ def fill(model: nn.Module, name: str, values: Mapping[str, Mapping[str, Tensor]]
     with torch.no_grad():
         for path, tensors in values.items():
             layer: Any = model.get_submodule(path)
-            for attribute, value in tensors.items():
-                getattr(layer.unit(name), attribute).copy_(value)
+            layer.unit(name).start_from(tensors, layer)
 
 
 def detach(model: nn.Module, name: str) -> None:
@@ -129,8 +151,8 @@ def adapter_parameters(model: nn.Module, name: str) -> Iterator[nn.Parameter]:
     for _, module in saved_modules(model):
         if name in module.copies:
             yield from module.copies[name].parameters()
-    for _, module in biased_modules(model):
-        copy_of_bias = module._parameters.get(COPY + name)
+    for _, biased in biased_modules(model):
+        copy_of_bias = biased._parameters.get(COPY + name)
         if copy_of_bias is not None:
             yield copy_of_bias
 
@@ -141,15 +163,33 @@ def set_trainable(model: nn.Module, name: str, trainable: bool) -> None:
         parameter.requires_grad_(trainable)
 
 
-def _home_of(base: type[BaseWeight], layer: nn.Module) -> torch.device:
-    """The device that `layer` computes on: its weight's, or its hook's while accelerate keeps the weight elsewhere."""
-    device = next(iter(base.stored(layer).values())).device
-    hook_device = getattr(getattr(layer, "_hf_hook", None), "execution_device", None)
-    return torch.device(hook_device) if device.type == "meta" and hook_device is not None else device
+def _make_unit(
+    plan: Plan,
+    row: LayerPlan,
+    base: type[BaseWeight],
+    layer: nn.Module,
+    home: torch.device,
+    dtype: torch.dtype,
+    values: Mapping[str, Tensor] | None,
+) -> AdapterUnit:
+    device = home if values is None else torch.device("meta")
+    unit = row.unit_class(plan.config, row.path, base, layer, device, dtype)
+    if values is None:
+        unit.initialize(plan.config, row.path, base, layer)
+    else:
+        for attribute, _ in list(unit.named_parameters(recurse=False)):
+            value = placed(values[unit.file_keys[attribute]], home, dtype)
+            setattr(unit, attribute, nn.Parameter(value))
+    return unit
 
 
-def _trainable_copy(module: nn.Module) -> nn.Module:
-    clone = copy.deepcopy(module)
+def _trainable_copy(
+    model: nn.Module, path: str, values: Mapping[str, Tensor] | None, memo: dict[int, Any]
+) -> nn.Module:
+    try:
+        clone = copy_with(model.get_submodule(path), values, memo)
+    except RuntimeError as error:
+        raise RuntimeError(f"modules_to_save: {path!r}: {error}") from None
     if isinstance(clone, SavedModule):
         restore_module(clone)
     remove_biases(clone)

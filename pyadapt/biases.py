@@ -2,14 +2,15 @@
 
 The adapter owns a trained copy of each bias; the model's own biases stay as they are:
 
-    layer.bias_of_default      the copy of the adapter "default", a parameter of the module itself
-    layer.bias                 whatever answers: the copy at work, or the module's own bias
-    state_dict()["...bias"]    always the module's own
+    layer.own_bias             the module's own bias, frozen; `bias` in state dicts, as before
+    layer.bias_of_default      the copy of the adapter "default"
+    layer.bias                 whichever of them answers
 
-A copy is a parameter of the module that reads it, so `.to(device)`, deepcopy, pickling and every engine that gathers a
-module's parameters for its forward find it there. What answers is looked up by a property, since any class of module
-may read its `bias`. Where several adapters with a copy are at work, the copy of the first answers, as with modules
-that are trained whole. PEFT trains the model's own biases in place and allows one such adapter.
+All of them are parameters of the module that reads them, so `.to(device)`, deepcopy, pickling and every engine that
+gathers a module's parameters for its forward find them there. `bias` itself is a property, as any class of module may
+read its bias, or another module's; no parameter bears that name, since engines take the attribute of a parameter's name
+for the parameter. Where several adapters with a copy are at work, the copy of the first answers, as with modules that
+are trained whole. PEFT trains the model's own biases in place and allows one such adapter.
 """
 
 from __future__ import annotations
@@ -23,45 +24,24 @@ from torch import Tensor, nn
 from .layer import AdaptedLayer, SavedModule, base_modules
 from .surgery import adopt, release
 
-COPY = "bias_of_"
+OWN, COPY = "own_bias", "bias_of_"
 
 
 class TrainedBias(nn.Module):
     """Mixin of a module whose bias some adapter trains.
 
     Attributes:
-        live_bias: name of the attribute that answers as `bias`; None is the module's own.
+        own_bias: the module's own bias.
+        live_bias: name of the attribute that answers as `bias` in its place, or None.
     """
 
+    own_bias: nn.Parameter
     live_bias: str | None = None
 
     @property
     def bias(self) -> Tensor:
         """The bias at work."""
-        return self.own_bias if self.live_bias is None else getattr(self, self.live_bias)
-
-    @property
-    def own_bias(self) -> Tensor:
-        """The module's own bias."""
-        held = self.__dict__.get("bias")
-        return self._parameters["bias"] if held is None else held
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        """An engine that takes the module's own bias off and puts a tensor there means that one, not the copy."""
-        if name != "bias":
-            super().__setattr__(name, value)
-        elif value is None or isinstance(value, nn.Parameter):
-            self.__dict__.pop("bias", None)
-            self._parameters["bias"] = value
-        else:
-            self.__dict__["bias"] = value
-
-    def __delattr__(self, name: str) -> None:
-        """See `__setattr__`."""
-        if name == "bias" and "bias" in self.__dict__:
-            del self.__dict__["bias"]
-        else:
-            super().__delattr__(name)
+        return getattr(self, self.live_bias or OWN)
 
     def copy_among(self, names: Sequence[str]) -> str | None:
         """The attribute that holds the copy of the first of the adapters `names` that has one."""
@@ -69,8 +49,21 @@ class TrainedBias(nn.Module):
 
     def bias_among(self, names: Sequence[str]) -> Tensor:
         """The bias that answers when the adapters `names` are at work."""
-        attribute = self.copy_among(names)
-        return self.own_bias if attribute is None else getattr(self, attribute)
+        return getattr(self, self.copy_among(names) or OWN)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        own: dict[str, Any] = {}
+        super()._save_to_state_dict(own, prefix, keep_vars)
+        destination.update({f"{prefix}bias" if key == prefix + OWN else key: value for key, value in own.items()})
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool, missing_keys: list[str], *rest: Any
+    ) -> None:
+        if f"{prefix}bias" in state_dict:
+            state_dict[prefix + OWN] = state_dict.pop(f"{prefix}bias")
+        missing: list[str] = []
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, *rest)
+        missing_keys += [f"{prefix}bias" if key == prefix + OWN else key for key in missing]
 
 
 def plan_biases(config: Any, model: nn.Module, adapted: Sequence[str], saved: Sequence[str]) -> list[str]:
@@ -117,6 +110,7 @@ def copy_biases(model: nn.Module, paths: Sequence[str]) -> list[tuple[nn.Module,
 def add_bias(module: nn.Module, name: str, copy: nn.Parameter) -> None:
     """Let `copy` answer as the bias of `module` when the adapter called `name` is at work."""
     if not isinstance(module, TrainedBias):
+        _rename_parameter(module, "bias", OWN)
         module = adopt(module, TrainedBias)
     module.register_parameter(COPY + name, copy)
 
@@ -133,13 +127,14 @@ def remove_biases(root: nn.Module, name: str | None = None) -> None:
         if removed == copies:
             module.__dict__.pop("live_bias", None)
             release(module, TrainedBias)
+            _rename_parameter(module, OWN, "bias")
 
 
 def rename_biases(model: nn.Module, old: str, new: str) -> None:
     """Let the copies of the adapter `old` be those of `new`."""
     for _, module in biased_modules(model):
         if COPY + old in module._parameters:
-            module.register_parameter(COPY + new, module._parameters.pop(COPY + old))
+            _rename_parameter(module, COPY + old, COPY + new)
             if module.live_bias == COPY + old:
                 module.live_bias = COPY + new
 
@@ -177,7 +172,7 @@ def biased_modules(root: nn.Module) -> Iterator[tuple[str, TrainedBias]]:
 
 def own_bias(layer: nn.Module) -> Tensor:
     """The bias that `layer` has itself, whatever answers at the moment."""
-    return layer.own_bias if isinstance(layer, TrainedBias) else layer.get_parameter("bias")
+    return layer.get_parameter(OWN if isinstance(layer, TrainedBias) else "bias")
 
 
 def bias_among(layer: nn.Module, names: Sequence[str]) -> Tensor | None:
@@ -193,4 +188,12 @@ def is_bias_copy(key: str) -> bool:
 
 
 def _has_bias(module: nn.Module) -> bool:
-    return not isinstance(module, SavedModule) and module._parameters.get("bias") is not None
+    has_one = isinstance(module, TrainedBias) or module._parameters.get("bias") is not None
+    return has_one and not isinstance(module, SavedModule)
+
+
+def _rename_parameter(module: nn.Module, old: str, new: str) -> None:
+    """Register a parameter under another name, in its place among the others."""
+    parameters = [(new if name == old else name, value) for name, value in module._parameters.items()]
+    module._parameters.clear()
+    module._parameters.update(parameters)

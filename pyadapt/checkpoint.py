@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +31,10 @@ from .files import (
 )
 from .layer import AdaptedLayer, SavedModule, adapted_layers, saved_modules
 from .methods.lora.conversion import plain_lora
+from .methods.lora.fused import fuse_experts
+from .placement import is_offloaded
 from .planning import LayerPlan, Plan, make_plan
+from .vocabulary import fill_weight, stored_weights, weight_places, without_repetitions
 
 KEY_PREFIX = "base_model.model."
 DEFAULT_ADAPTER = "default"
@@ -53,6 +57,32 @@ class AdapterFile:
         keys = {suffix: f"{KEY_PREFIX}{row.path}.{suffix}" for suffix in row.shapes}
         return {suffix: self.tensors[key] for suffix, key in keys.items() if key in self.tensors}
 
+    def wholes(self, model: nn.Module, units: bool) -> dict[str, dict[str, Tensor]]:
+        """What `attach` can take as it is: path -> the tensors of a unit or a module of which the file has all.
+
+        Args:
+            model: the one that the file was read for.
+            units: whether those of layers are wanted, or just those of modules whose own weights are elsewhere.
+        """
+        found = {}
+        for row in self.plan.layers:
+            if units and row.source is None and not row.unit_class.needs_start(self.plan.config):
+                found[row.path] = {suffix: f"{KEY_PREFIX}{row.path}.{suffix}" for suffix in row.shapes}
+        for path in self.plan.saved:
+            module = model.get_submodule(path)
+            if units or is_offloaded(module):
+                found[path] = {suffix: f"{KEY_PREFIX}{path}.{suffix}" for suffix, _ in _own_state(module)}
+        return {
+            path: {suffix: self.tensors[key] for suffix, key in keys.items()}
+            for path, keys in found.items()
+            if self.tensors.keys() >= set(keys.values())
+        }
+
+    def besides(self, wholes: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """The tensors that are not in `wholes`, by their keys in the file."""
+        taken = {f"{KEY_PREFIX}{path}.{suffix}" for path, tensors in wholes.items() for suffix in tensors}
+        return {key: tensor for key, tensor in self.tensors.items() if key not in taken}
+
     def beside_units(self) -> dict[str, Tensor]:
         """The tensors that belong to no layer's unit, by their keys in the file."""
         of_units = {f"{KEY_PREFIX}{row.path}.{suffix}" for row in self.plan.layers for suffix in row.shapes}
@@ -74,6 +104,9 @@ def adapter_state_dict(
         if state_dict is not None and own_name not in state_dict:
             raise AdapterFileError(f"the state dict to save from lacks {own_name}")
         found[key] = tensor if state_dict is None else state_dict[own_name]
+    found.update(_mirrors(model, name, found))
+    for key, (own_name, tensor) in stored_weights(model, name).items():
+        found.setdefault(f"{KEY_PREFIX}{key}", tensor if state_dict is None else state_dict[own_name])
     return found
 
 
@@ -94,6 +127,7 @@ def save_adapter(
     tensors = adapter_state_dict(model, name, state_dict)
     if as_plain_lora:
         config, tensors = plain_lora(model, name, config, tensors, KEY_PREFIX)
+        tensors.update(_mirrors(model, name, tensors))
     for key, tensor in tensors.items():
         if tensor.is_meta or tensor.numel() == 0:
             state = "on the meta device" if tensor.is_meta else f"of shape {tuple(tensor.shape)}"
@@ -107,23 +141,44 @@ def save_adapter(
         write_text(card, _model_card(config))
 
 
-def read_adapter(model: nn.Module, path: Path, *, strict: bool = True, **hub: str) -> AdapterFile:
+def read_adapter(
+    model: nn.Module, path: Path, *, strict: bool = True, adapter_dtype: Any = None, **hub: str
+) -> AdapterFile:
     """Read the adapter folder `path` and check it against `model`, changing nothing.
+
+    Args:
+        model: the model.
+        path: the folder, or a name on the hub.
+        strict: refuse files with missing, extra or misshapen tensors.
+        adapter_dtype: what the adapter is to be held in, as in a configuration; files do not say it.
+        hub: `revision`, `token`, `cache_dir` for a hub name.
 
     Raises:
         AdapterFileError: files missing or damaged; or, with `strict`, tensors missing, extra or misshapen, all listed.
         ValueError: the configuration does not fit the model.
     """
     folder = resolve_adapter_folder(path, **hub)
-    config = AdapterConfig.from_pretrained(folder)
+    config = AdapterConfig.from_pretrained(folder).replaced(adapter_dtype=adapter_dtype)
     tensors = read_tensors(adapter_weights_path(folder))
     try:
-        plan = make_plan(model, config)
+        config, tensors = fuse_experts(model, config, tensors, KEY_PREFIX)
+        plan = make_plan(model, config, trained=False)
     except ValueError as error:
         raise AdapterFileError(f"the adapter in {folder} does not fit this {type(model).__name__}: {error}") from error
     wanted = dict(_expected_shapes(model, plan))
-    tensors = _under_present_keys(tensors, plan)
-    problems = _differences(wanted, tensors)
+    tensors = without_repetitions(model, _under_present_keys(tensors, plan), KEY_PREFIX)
+    for key, weight in weight_places(model).items():
+        if f"{KEY_PREFIX}{key}" in tensors:
+            wanted.setdefault(f"{KEY_PREFIX}{key}", tuple(weight.shape))
+    again = _held_again(model, plan, tensors)
+    problems = [
+        f"  differs:   {key} is a second copy of a tied weight, but has other values than the first"
+        for key, value in again.items()
+        if key in tensors and not value.is_meta and not torch.equal(tensors[key], value)
+    ]
+    wanted = {key: shape for key, shape in wanted.items() if key not in again}
+    tensors = {key: tensor for key, tensor in tensors.items() if key not in again}
+    problems += _differences(wanted, tensors)
     if problems and strict:
         raise AdapterFileError(
             f"the adapter in {folder} does not fit this {type(model).__name__}:\n" + "\n".join(problems)
@@ -138,24 +193,42 @@ def check_values(model: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> 
     Raises:
         AdapterFileError: tensors missing, extra or misshapen, all listed.
     """
-    problems = _differences({key: tuple(place.shape) for key, _, place in _places(model, name)}, tensors)
+    own = {key: place for key, _, place in _places(model, name)}
+    wanted = {key: tuple(place.shape) for key, place in {**own, **_mirrors(model, name, own)}.items()}
+    beside = {f"{KEY_PREFIX}{key}" for key in weight_places(model)} - wanted.keys()
+    problems = _differences(wanted, {key: tensor for key, tensor in tensors.items() if key not in beside})
     if problems:
         raise AdapterFileError(f"these are not the tensors of adapter {name!r}:\n" + "\n".join(problems))
 
 
 def fill_adapter(model: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> None:
-    """Copy tensors, under their file keys, into the adapter called `name`."""
+    """Copy tensors, under their file keys, into the adapter called `name`.
+
+    Raises:
+        AdapterFileError: their places are on the meta device, where values are lost; nothing was copied.
+    """
+    lost = [key for key, _, place in _places(model, name) if place.is_meta and key in tensors]
+    if lost:
+        raise AdapterFileError(
+            f"adapter {name!r} cannot be filled, for the model has no values itself, and so neither has "
+            f"{', '.join(lost)}: load the model first, or pass low_cpu_mem_usage=True to keep what the file holds"
+        )
+    places = {key: place for key, _, place in _places(model, name)}
     with torch.no_grad():
-        for key, _, place in _places(model, name):
+        for key, place in places.items():
             if key in tensors:
                 place.copy_(tensors[key])
+    for below, weight in weight_places(model).items():
+        key = f"{KEY_PREFIX}{below}"
+        if key in tensors and key not in places:
+            fill_weight(key, weight, tensors[key])
 
 
 def _places(model: nn.Module, name: str) -> Iterator[tuple[str, str, Tensor]]:
     """(key in a file, name in the model's state dict, the live tensor) of all that belongs to an adapter."""
     for path, layer in adapted_layers(model):
         unit = layer.unit(name)
-        if unit is None:
+        if unit is None or unit.source is not None:
             continue
         for attribute, parameter in unit.named_parameters(recurse=False):
             suffix = unit.file_keys[attribute]
@@ -164,11 +237,48 @@ def _places(model: nn.Module, name: str) -> Iterator[tuple[str, str, Tensor]]:
         if name in module.copies:
             for key, tensor in module.copies[name].state_dict(keep_vars=True).items():
                 yield f"{KEY_PREFIX}{path}.{key}", f"{path}.copies.{name}.{key}", tensor
-    for path, module in biased_modules(model):
-        copy = module._parameters.get(COPY + name)
+    for path, biased in biased_modules(model):
+        copy = biased._parameters.get(COPY + name)
         if copy is not None:
-            adapted = isinstance(module, AdaptedLayer) and module.unit(name) is not None
+            adapted = isinstance(biased, AdaptedLayer) and biased.unit(name) is not None
             yield _bias_key(path, adapted), f"{path}.{COPY}{name}".lstrip("."), copy
+
+
+def _mirrors(model: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What `tensors`, those of an adapter under their file keys, hold once more for layers that follow another."""
+    found = {}
+    for path, layer in adapted_layers(model):
+        unit = layer.unit(name)
+        if unit is None or unit.source is None or not unit.writes_mirror:
+            continue
+        owner: Any = model.get_submodule(unit.source)
+        first = owner.unit(name)
+        suffixes = [first.file_keys[attribute] for attribute, _ in first.named_parameters(recurse=False)]
+        values = unit.mirrored({suffix: tensors[f"{KEY_PREFIX}{unit.source}.{suffix}"] for suffix in suffixes})
+        found.update({f"{KEY_PREFIX}{path}.{suffix}": value.contiguous() for suffix, value in values.items()})
+    return found
+
+
+def _held_again(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Keys under which a file may hold tied tensors once more -> what they have to be; meta where that is missing."""
+    again: dict[str, Tensor] = {}
+    rows = {row.path: row for row in plan.layers}
+    for row in plan.layers:
+        if row.source is not None:
+            values = {
+                suffix: tensors.get(f"{KEY_PREFIX}{row.source}.{suffix}", torch.empty(shape, device="meta"))
+                for suffix, shape in rows[row.source].shapes.items()
+            }
+            mirrored = row.unit_class.mirrored(values)
+            again.update({f"{KEY_PREFIX}{row.path}.{suffix}": value for suffix, value in mirrored.items()})
+    first: dict[int, str] = {}
+    for path in plan.saved if getattr(plan.config, "ensure_weight_tying", False) else ():
+        for name, tensor in model.get_submodule(path).state_dict(keep_vars=True).items():
+            key = f"{KEY_PREFIX}{path}.{name}"
+            of = first.setdefault(id(tensor), key)
+            if of != key:
+                again[key] = tensors.get(of, torch.empty(tensor.shape, device="meta"))
+    return again
 
 
 def _expected_shapes(model: nn.Module, plan: Plan) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -177,12 +287,18 @@ def _expected_shapes(model: nn.Module, plan: Plan) -> Iterator[tuple[str, tuple[
             yield f"{KEY_PREFIX}{layer.path}.{suffix}", shape
     for path in plan.saved:
         module = model.get_submodule(path)
-        for key, tensor in module.state_dict(keep_vars=True).items():
-            if not (isinstance(module, SavedModule) and key.startswith("copies.")) and not is_bias_copy(key):
-                yield f"{KEY_PREFIX}{path}.{key}", tuple(tensor.shape)
+        for key, tensor in _own_state(module):
+            yield f"{KEY_PREFIX}{path}.{key}", tuple(tensor.shape)
     adapted = {layer.path for layer in plan.layers}
     for path in plan.biases:
         yield _bias_key(path, path in adapted), tuple(own_bias(model.get_submodule(path)).shape)
+
+
+def _own_state(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The state dict of a module without what adapters have put on it."""
+    for key, tensor in module.state_dict(keep_vars=True).items():
+        if not (isinstance(module, SavedModule) and key.startswith("copies.")) and not is_bias_copy(key):
+            yield key, tensor
 
 
 def _bias_key(path: str, adapted: bool) -> str:

@@ -17,6 +17,7 @@ from .layer import AdaptedLayer, SavedModule, base_modules
 from .merging import MergeReport, merged_weights
 from .model import forget_adapters, is_wrapped
 from .surgery import original_class
+from .tying import TiedMerge, say_untied
 
 
 def export(model: nn.Module, path: Path, original: Path | None = None, **save_options: Any) -> MergeReport:
@@ -48,12 +49,15 @@ def export(model: nn.Module, path: Path, original: Path | None = None, **save_op
             )
         names = list(model.adapter_state.active)
     report = MergeReport()
-    tensors = _plain_state_dict(model, names, original, report)
+    ties = TiedMerge(model, names)
+    tensors = _plain_state_dict(model, names, original, report, ties)
     parent = os.path.dirname(os.path.abspath(path))
     os.makedirs(parent, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".export-", dir=parent) as staging:
         if is_transformers_model(model):
             twin = _plain_twin(model)
+            if ties.unties:
+                say_untied(twin.config)
             type(twin).save_pretrained(twin, staging, state_dict=tensors, **save_options)
         else:
             write_safetensors(os.path.join(staging, "model.safetensors"), tensors)
@@ -65,7 +69,7 @@ def export(model: nn.Module, path: Path, original: Path | None = None, **save_op
 
 
 def _plain_state_dict(
-    model: nn.Module, names: list[str], original: Path | None, report: MergeReport
+    model: nn.Module, names: list[str], original: Path | None, report: MergeReport, ties: TiedMerge
 ) -> dict[str, Tensor]:
     """The state dict of the plain merged model, under the keys it had before wrapping."""
     # The keys of what adapters have added, beside the layers' own.
@@ -86,6 +90,10 @@ def _plain_state_dict(
         for name in merged.base.state_names(merged.layer):
             del tensors[f"{merged.path}.{name}"]
         tensors.update({f"{merged.path}.{name}": value for name, value in merged.plain().items()})
+        leader = ties.follows(merged.path)
+        if leader is not None:
+            names_of_weight = merged.base.state_names(merged.layer)
+            tensors.update({f"{merged.path}.{name}": tensors[f"{leader}.{name}"] for name in names_of_weight})
     for path, module in base_modules(model):
         if isinstance(module, SavedModule):
             live = module.copy_among(names)

@@ -12,6 +12,7 @@ from . import checkpoint
 from .config import AdapterConfig, TaskType, as_config
 from .dtypes import LIKE_BASE
 from .files import AdapterFileError, Path
+from .method import DATA_FOLLOWS
 from .model import AdaptedModel, is_wrapped
 from .status import LayerStatus, ModelStatus
 from .wrapping import load, wrap
@@ -24,7 +25,7 @@ def get_peft_model(
     config = as_config(peft_config)
     if not autocast_adapter_dtype:
         config = config.replaced(adapter_dtype=LIKE_BASE)
-    return wrap(model, config, adapter_name)
+    return wrap(model, config, adapter_name, data=DATA_FOLLOWS)
 
 
 def get_peft_config(config_dict: Mapping[str, Any]) -> AdapterConfig:
@@ -99,9 +100,12 @@ class PeftModel(metaclass=_KnowsWrapped):
         model_id: Path,
         adapter_name: str = "default",
         is_trainable: bool = False,
+        autocast_adapter_dtype: bool = True,
         **hub: Any,
     ) -> nn.Module:
-        """`pyadapt.load` under PEFT's name."""
+        """`pyadapt.load` under PEFT's name; for `autocast_adapter_dtype` see `get_peft_model`."""
+        if not autocast_adapter_dtype:
+            hub["adapter_dtype"] = LIKE_BASE
         return load(model, model_id, adapter_name, is_trainable, **hub)
 
 
@@ -134,7 +138,8 @@ class _AutoPeftModel:
             )
         auto = getattr(transformers, cls.auto_class)
         base = auto.from_pretrained(config.base_model_name_or_path, **base_options)
-        return load(base, path, adapter_name, is_trainable)
+        low_memory = base_options.get("low_cpu_mem_usage", False)
+        return load(base, path, adapter_name, is_trainable, low_cpu_mem_usage=low_memory)
 
 
 def _auto(task: str, auto_class: str) -> type[_AutoPeftModel]:

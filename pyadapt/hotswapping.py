@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .model import AdaptedModel
 
 # What an adapter trains beside its units: two adapters that differ in it do not fit into each other's place.
-_BESIDE_UNITS = ("modules_to_save", "bias", "trainable_token_indices")
+_BESIDE_UNITS = ("modules_to_save", "bias", "trainable_token_indices", "ensure_weight_tying")
 
 
 def hotswap(model: AdaptedModel, name: str, path: Path, strict: bool = True, **hub: str) -> bool:
@@ -39,7 +39,7 @@ def hotswap(model: AdaptedModel, name: str, path: Path, strict: bool = True, **h
     read = checkpoint.read_adapter(model, path, strict=strict, **hub)
     old, new = model.peft_config[name], read.plan.config
     units = _units(model, name)
-    values = {row.path: read.values_of(row) for row in read.plan.layers}
+    values = {row.path: read.values_of(row) for row in read.plan.layers if row.source is None}
     fits = _same_beside_units(old, new) and all(
         layer_path in units and units[layer_path].can_take(tensors, new) for layer_path, tensors in values.items()
     )
@@ -117,7 +117,7 @@ def _take_the_place(model: AdaptedModel, name: str, beside: str) -> None:
 
 
 def _units(model: AdaptedModel, name: str) -> dict[str, AdapterUnit]:
-    return {path: unit for path, layer in adapted_layers(model) if (unit := layer.unit(name)) is not None}
+    return {path: unit for path, layer in adapted_layers(model) if (unit := layer.unit(name)) and not unit.source}
 
 
 def _values(unit: AdapterUnit) -> dict[str, Tensor]:

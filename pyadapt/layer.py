@@ -71,7 +71,7 @@ class AdaptedLayer(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The layer's own forward with its live adapters in it."""
-        adapters = self.adapters
+        adapters: Any = self._modules["adapters"]
         live: Any = adapters.live if adapters.rows is None else adapters.rows.units
         if not live:
             return super().forward(*args, **kwargs)

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from .base import BaseWeight, base_of
 from .biases import bias_among, check_biases_finite, own_bias, remove_biases, take_over_biases
 from .files import Path
-from .layer import AdaptedLayer, SavedModule, adapted_layers, base_modules, restore_layer
+from .layer import AdaptedLayer, adapted_layers, base_modules, restore_layer, saved_modules
 from .method import AdapterUnit
 from .originals import OriginalWeights
+from .tying import SharedBefore, TiedMerge, say_untied
 
 logger = logging.getLogger("pyadapt")
 
@@ -108,11 +109,13 @@ def merge_in_place(model: nn.Module, names: Sequence[str]) -> None:
     """
     for merged in _merged_in_place(model, names):
         merged.check_finite()
+    ties = TiedMerge(model, names)
     for merged in _merged_in_place(model, names):
         layer = merged.layer
-        layer.unmerged = layer.base.keep(layer)
+        layer.unmerged = ties.keep(merged.path, layer)
         if merged.bias is not None:
             layer.unmerged["bias"] = own_bias(layer).detach().clone()
+        ties.separate(merged.path, layer)
         layer.base.assign(layer, merged.matrix)
         _assign_bias(layer, merged.bias)
 
@@ -121,7 +124,10 @@ def unmerge_in_place(model: nn.Module) -> None:
     """Put back, bit for bit, the weights from before `merge_in_place`."""
     for _, layer in adapted_layers(model):
         if layer.unmerged is not None:
-            layer.base.put_back(layer, layer.unmerged)
+            if isinstance(layer.unmerged, SharedBefore):
+                layer.unmerged.put_back(layer)
+            else:
+                layer.base.put_back(layer, layer.unmerged)
             _assign_bias(layer, layer.unmerged.get("bias"))
             layer.unmerged = None
 
@@ -138,6 +144,8 @@ def merged_weights(
         report: filled in as layers pass.
     """
     originals = OriginalWeights(original, model) if original is not None else None
+    ties = TiedMerge(model, names)
+    others = _dense_parameters_dtype(model)
     for path, layer in list(base_modules(model)):
         base = base_of(layer)
         units = _units(layer, names)
@@ -148,7 +156,7 @@ def merged_weights(
         else:
             source, matrix = dequantized(base) if base.quantized else DENSE, base.matrix(layer)
         bias = bias_among(layer, names)
-        merged = _fold(path, layer, base, matrix, bias, units, base.dense_dtype(layer, model))
+        merged = ties.share(_fold(path, layer, base, matrix, bias, units, base.merged_dtype(layer, others)))
         merged.check_finite()
         estimated = source not in (DENSE, ORIGINAL)
         report.sources[path] = source
@@ -172,40 +180,69 @@ def merge_to_plain(model: nn.Module, names: Sequence[str], original: Path | None
     check_biases_finite(model, names)
     take_over_biases(model, names)
     remove_biases(model)
-    report = MergeReport()
+    report, ties = MergeReport(), TiedMerge(model, names)
     for merged in merged_weights(model, names, original, report):
         if isinstance(merged.layer, AdaptedLayer):
             restore_layer(merged.layer)
+        ties.separate(merged.path, merged.layer)
         merged.base.make_dense(merged.layer, merged.stored())
         _assign_bias(merged.layer, merged.bias)
+    take_over(model, names)
+    if ties.unties:
+        say_untied(getattr(model, "config", None))
     logger.info("%s", report)
     return report
 
 
-def take_over(model: nn.Module, module: SavedModule, trained: nn.Module) -> None:
-    """Write a trained copy's values into the module that it was made of.
+def take_over(model: nn.Module, names: Sequence[str]) -> None:
+    """Write the values of the trained copies at work into the modules that they were made of.
 
-    A weight that other modules of `model` read as well (an output head tied to the embedding) is left to them: the
-    module gets one of its own.
+    A weight that other modules of `model` read as well (an output head tied to the embedding) is left to them, and the
+    module gets one of its own; where one trained weight answers for all of them, they keep sharing theirs.
     """
-    readers = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
-    with torch.no_grad():
-        for name, value in trained.state_dict().items():
+    places: dict[int, list[tuple[nn.Module, str, Tensor]]] = {}
+    for _, module in saved_modules(model):
+        live = module.copy_among(names)
+        if live is None:
+            continue
+        for name, value in module.copies[live].state_dict(keep_vars=True).items():
             path, _, attribute = name.rpartition(".")
             owner = module.get_submodule(path)
+            places.setdefault(id(getattr(owner, attribute)), []).append((owner, attribute, value))
+    readers = Counter(id(p) for _, m in base_modules(model) for p in m.parameters(recurse=False))
+    given: dict[int, nn.Parameter] = {}
+    with torch.no_grad():
+        for held, takers in places.items():
+            owner, attribute, value = takers[0]
             own = getattr(owner, attribute)
-            if readers[id(own)] > 1:
-                setattr(owner, attribute, nn.Parameter(value.clone(), requires_grad=own.requires_grad))
-            else:
+            if readers[held] <= len(takers) and len({id(trained) for _, _, trained in takers}) == 1:
                 own.copy_(value)
+                continue
+            for owner, attribute, value in takers:
+                if id(value) not in given:
+                    given[id(value)] = nn.Parameter(value.detach().clone(), requires_grad=own.requires_grad)
+                setattr(owner, attribute, given[id(value)])
 
 
 def _merged_in_place(model: nn.Module, names: Sequence[str]) -> Iterator[MergedLayer]:
+    ties = TiedMerge(model, names)
     for path, layer in adapted_layers(model):
         units = _units(layer, names)
         if units:
             bias = bias_among(layer, names)
-            yield _fold(path, layer, layer.base, layer.base.matrix(layer), bias, units, layer.base.dtype(layer))
+            matrix, dtype = layer.base.matrix(layer), layer.base.dtype(layer)
+            yield ties.share(_fold(path, layer, layer.base, matrix, bias, units, dtype))
+
+
+def _dense_parameters_dtype(model: nn.Module) -> torch.dtype | None:
+    """The dtype of the first parameter of the base that is floating and no quantised weight, or None."""
+    for _, module in base_modules(model):
+        base = base_of(module)
+        quantised = base.stored(module) if base is not None and base.quantized else {}
+        for name, parameter in module.named_parameters(recurse=False):
+            if name not in quantised and parameter.is_floating_point():
+                return parameter.dtype
+    return None
 
 
 def _units(layer: nn.Module, names: Sequence[str]) -> list[AdapterUnit]:

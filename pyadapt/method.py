@@ -64,6 +64,10 @@ class AdapterUnit(nn.Module, abc.ABC):
     file_aliases: ClassVar[dict[str, str]] = {}
     # Whether the layer's rows are those of the batch, so that each can have an adapter of its own.
     by_row: ClassVar[bool] = True
+    # Path of the layer whose unit owns the parameters of this one, where the weights of the two layers are tied.
+    source: str | None = None
+    # Whether a PEFT file holds the parameters once more for a layer that follows another; it may where this is False.
+    writes_mirror: ClassVar[bool] = True
 
     def __init__(
         self, config: Any, path: str, base: type[BaseWeight], layer: Any, device: torch.device, dtype: torch.dtype
@@ -78,15 +82,47 @@ class AdapterUnit(nn.Module, abc.ABC):
         """Shapes of the unit's parameters on this layer, by attribute."""
 
     @classmethod
+    def follower(cls, form: str) -> type[AdapterUnit]:
+        """The unit for a layer of `form` whose weight is tied to that of a layer with a unit of this class."""
+        return cls
+
+    def follow(self, unit: AdapterUnit, source: str) -> None:
+        """Share the parameters and buffers of `unit`, which is on the layer at `source`."""
+        self.source = source
+        for name, parameter in unit.named_parameters(recurse=False):
+            self.register_parameter(name, parameter)
+        for name, buffer in unit.named_buffers(recurse=False):
+            self.register_buffer(name, buffer, persistent=False)
+
+    @classmethod
+    def mirrored(cls, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors of a layer that follows another, as a PEFT file holds them.
+
+        Args:
+            values: tensors of the unit that is followed, by what comes after its layer's path in the file.
+        """
+        return dict(values)
+
+    @classmethod
     def route(cls, config: Any, path: str, base: type[BaseWeight], layer: Any, tokens: int) -> str:
         """The route that the kernels take for a training step of `tokens` tokens."""
         return TORCH_ROUTE
+
+    @classmethod
+    def needs_start(cls, config: Any) -> bool:
+        """Whether `initialize` has to run even where every parameter is then read from a file."""
+        return False
 
     @abc.abstractmethod
     def initialize(self, config: Any, path: str, base: type[BaseWeight], layer: Any) -> None:
         """Give the parameters their first values."""
 
-    def settle(self) -> None:  # noqa: B027 - most have nothing to do
+    def start_from(self, values: Mapping[str, Tensor], layer: Any) -> None:
+        """Take first values that `initialize` could not know, by attribute; called without gradients."""
+        for attribute, value in values.items():
+            getattr(self, attribute).copy_(value)
+
+    def settle(self) -> None:
         """Change the layer's own weight where starting asks for it, once the units of all layers are made."""
 
     @abc.abstractmethod
@@ -150,9 +186,13 @@ class AdapterUnit(nn.Module, abc.ABC):
         """
 
 
+# Given as data: it comes later, by `initialize_lora_eva_weights`.
+DATA_FOLLOWS: Any = object()
+
+
 def refuse_data(data: Any) -> None:
     """Refuse data that no initialisation of the configuration looks at."""
-    if data is not None:
+    if data is not None and data is not DATA_FOLLOWS:
         raise ValueError('data is given, but only LoRA with init_lora_weights="eva" starts from data')
 
 

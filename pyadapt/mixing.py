@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .biases import biased_modules, choose_biases
 from .layer import LiveDict, adapted_layers, saved_modules
 from .rows import Rows
 
@@ -19,7 +20,10 @@ BASE_MODEL = "__base__"
 def mixed(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
     """Inside the block, row i of each batch is answered with the adapter `names[i]`."""
     chosen: list[LiveDict] = []
+    biases = [(module, module.live_bias) for _, module in biased_modules(model)]
     try:
+        # No row has a bias of its own, whatever is at work otherwise: see `check_mixable`.
+        choose_biases(model, ())
         for _, layer in adapted_layers(model):
             layer.adapters.rows = _rows(layer.adapters, names)
             chosen.append(layer.adapters)
@@ -30,6 +34,8 @@ def mixed(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
     finally:
         for entries in chosen:
             entries.rows = None
+        for biased, live in biases:
+            biased.live_bias = live
 
 
 def check_batch(names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
@@ -49,6 +55,12 @@ def check_mixable(model: nn.Module, names: Sequence[str]) -> None:
     Raises:
         ValueError: so it is, with the layer that cannot.
     """
+    for path, module in biased_modules(model):
+        for name in names:
+            if module.copy_among([name]) is not None:
+                raise ValueError(
+                    f"adapter {name!r} cannot be chosen by row: it trains the bias of {path}, which all rows share"
+                )
     for path, layer in adapted_layers(model):
         for name in set(names) & set(layer.adapters):
             unit = layer.unit(name)

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeGuard, cast
 
 from torch import Tensor, nn
 
 from . import attach, checkpoint, hotswapping, merging, mixing, scaling, status, weighting
+from .biases import is_bias_copy
 from .config import AdapterConfig, as_config
 from .files import Path
 from .integrations.transformers import forget_quantization, is_transformers_model
 from .layer import saved_modules
 from .planning import Plan, count_base_parameters, count_values, prepare
 from .surgery import adopt, is_adopted_by, release
+from .tokens import check_together
 
 
 @dataclass
@@ -78,17 +80,24 @@ class AdaptedModel(nn.Module):
         adapter_name: str = "default",
         is_trainable: bool = False,
         strict: bool = True,
+        adapter_dtype: Any = None,
+        low_cpu_mem_usage: bool = False,
         **hub: Any,
     ) -> None:
-        """Add the adapter that lies in the folder (or hub repository) `path`.
+        """Add the adapter that lies in the folder (or hub repository) `path`; see `pyadapt.load`.
 
         Raises:
             AdapterFileError: the files are missing, damaged or do not fit; the model is unchanged.
         """
         attach.check_adapter_name(adapter_name, list(self.peft_config))
-        read = checkpoint.read_adapter(self, path, strict=strict, **hub)
-        self.add_planned(read.plan, adapter_name, trainable=is_trainable)
-        checkpoint.fill_adapter(self, adapter_name, read.tensors)
+        read = checkpoint.read_adapter(self, path, strict=strict, adapter_dtype=adapter_dtype, **hub)
+        wholes = read.wholes(self, units=low_cpu_mem_usage)
+        self.add_planned(read.plan, adapter_name, trainable=is_trainable, values=wholes)
+        try:
+            checkpoint.fill_adapter(self, adapter_name, read.besides(wholes))
+        except BaseException:
+            self.delete_adapter(adapter_name)
+            raise
 
     def set_adapter(self, adapter_name: str | Sequence[str]) -> None:
         """Make one adapter active, or several whose terms are summed; the others stop training.
@@ -100,6 +109,7 @@ class AdaptedModel(nn.Module):
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
         self._check_names(names)
         self._check_not_merged("switch adapters")
+        check_together(self, names)
         self.adapter_state.active = names
         self.refresh()
 
@@ -277,6 +287,7 @@ class AdaptedModel(nn.Module):
         names = tuple(self.adapter_state.active if adapter_names is None else adapter_names)
         self._check_names(names)
         self._check_not_merged("merge again")
+        check_together(self, names)
         merging.merge_in_place(self, names)
         self.adapter_state.merged = names
         self.refresh()
@@ -309,13 +320,10 @@ class AdaptedModel(nn.Module):
         _check_only(unused, "safe_merge", "progressbar")
         names = tuple(self.adapter_state.active if adapter_names is None else adapter_names)
         self._check_names(names)
+        check_together(self, names)
         if self.adapter_state.merged:
             self.unmerge_adapter()
         report = merging.merge_to_plain(self, names, original)
-        for _, module in saved_modules(self):
-            live = module.copy_among(names)
-            if live is not None:
-                merging.take_over(self, module, module.copies[live])
         model = self.unload()
         if is_transformers_model(model):
             forget_quantization(model)
@@ -329,7 +337,8 @@ class AdaptedModel(nn.Module):
         for name in list(self.peft_config):
             attach.detach(self, name)
         for name, parameter in self.named_parameters():
-            if name in self.adapter_state.trained_before:
+            # LoftQ may have made a weight int8 since.
+            if name in self.adapter_state.trained_before and parameter.is_floating_point():
                 parameter.requires_grad_(True)
         release(self, AdaptedGenerator if isinstance(self, AdaptedGenerator) else AdaptedModel)
         forget_adapters(self)
@@ -360,8 +369,8 @@ class AdaptedModel(nn.Module):
             state_dict: the whole model's state dict where an engine has gathered it.
             is_main_process: other processes write nothing.
             push_to_hub: upload the folder afterwards; `repo_id`, `token`, `private`, `commit_message` are passed on.
-            as_plain_lora: write an adapter that started from its layers' weights (PiSSA, OLoRA) as a plain LoRA of twice
-                the rank, which needs no singular values when it is loaded and works beside others.
+            as_plain_lora: write an adapter that started from its layers' weights (PiSSA, OLoRA) as a plain LoRA of
+                twice the rank, for which nothing is factored when it is loaded.
             path_initial_model_for_weight_conversion: PEFT's way to ask for the same. The adapter's start is known here,
                 so nothing is read from this folder.
             kwargs: further options of transformers' and PEFT's `save_pretrained`, which mean nothing for adapters here.
@@ -403,10 +412,12 @@ class AdaptedModel(nn.Module):
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """(trained values, all values); each value of the base counts once, also where a copy of it is trained."""
-        units = [p for name in self.peft_config for p in attach.adapter_parameters(self, name)]
+        units = {id(p): p for name in self.peft_config for p in attach.adapter_parameters(self, name)}
         copies = {id(p) for _, module in saved_modules(self) for p in module.copies.parameters()}
+        copies |= {id(p) for name, p in self.named_parameters() if is_bias_copy(name)}
         trained = sum(count_values(p) for p in self.parameters() if p.requires_grad)
-        return trained, count_base_parameters(self) + sum(count_values(p) for p in units if id(p) not in copies)
+        added = sum(count_values(p) for key, p in units.items() if key not in copies)
+        return trained, count_base_parameters(self) + added
 
     def print_trainable_parameters(self) -> None:
         """Print the trained and all parameters, and their ratio in percent."""
@@ -448,10 +459,12 @@ class AdaptedModel(nn.Module):
 
     # --- inside -----------------------------------------------------------------------------------
 
-    def add_planned(self, plan: Plan, name: str, *, trainable: bool) -> None:
-        """Add the adapter that `plan` describes (see `planning.make_plan`)."""
+    def add_planned(
+        self, plan: Plan, name: str, *, trainable: bool, values: Mapping[str, Mapping[str, Tensor]] | None = None
+    ) -> None:
+        """Add the adapter that `plan` describes (see `planning.make_plan`), with `values` as in `attach.attach`."""
         self._check_not_merged("add an adapter")
-        attach.attach(self, plan, name)
+        attach.attach(self, plan, name, values)
         config = plan.config.replaced(inference_mode=not trainable)
         if config.base_model_name_or_path is None:
             config = config.replaced(base_model_name_or_path=getattr(self, "name_or_path", None) or None)

@@ -6,15 +6,21 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .base import BaseWeight, base_of
 from .biases import is_bias_copy, own_bias, plan_biases
 from .config import AdapterConfig
 from .layer import AdaptedLayer, SavedModule, base_modules
 from .method import METHODS, AdapterUnit, LayerMethod, Preparation
+from .placement import hooks_of, preloaded_block
 from .surgery import check_adoptable
 from .targets import adapted_places, paths_to_save, resolve
+from .tokens import TokenUnit, check_apart, token_paths
+from .tying import Targets, tie
+
+# Columns of a plan's table.
+COLUMNS = ("layer", "kind", "base", "shape", "rank", "parameters", "kernel")
 
 # Tokens of the training step that a plan names the kernel for.
 PLANNED_TOKENS = 512
@@ -34,6 +40,7 @@ class LayerPlan:
         shapes: the adapter's tensors, by key suffix in a PEFT file.
         kernel: the route that its kernels take for a training step of `PLANNED_TOKENS` tokens.
         unit_class: what is put on the layer.
+        source: path of the layer whose parameters the adapter shares, as the weights of the two are tied.
     """
 
     path: str
@@ -45,6 +52,7 @@ class LayerPlan:
     shapes: dict[str, tuple[int, ...]]
     kernel: str
     unit_class: type[AdapterUnit]
+    source: str | None = None
 
     @property
     def parameters(self) -> int:
@@ -103,36 +111,43 @@ class Plan:
             "all_parameters": self.all_parameters,
         }
 
-    def __str__(self) -> str:
-        """A row a layer, then the totals."""
-        head = ("layer", "kind", "base", "shape", "rank", "parameters", "kernel")
+    def as_table(self) -> list[dict[str, str]]:
+        """A row a layer, then what is trained whole, each a dict from column to text; `pandas.DataFrame` takes it."""
         rows = [
-            (
-                layer.path,
-                layer.layer,
-                layer.base,
-                f"{layer.out_features} x {layer.in_features}",
-                str(layer.rank),
-                f"{layer.parameters:,}",
-                layer.kernel,
-            )
+            {
+                "layer": layer.path,
+                "kind": layer.layer,
+                "base": layer.base,
+                "shape": f"{layer.out_features} x {layer.in_features}",
+                "rank": str(layer.rank),
+                "parameters": f"{layer.parameters:,}",
+                "kernel": layer.kernel,
+            }
             for layer in self.layers
         ]
-        rows += [(path, "trained whole", "", "", "", f"{count:,}", "") for path, count in self.saved.items()]
+        beside = [(path, "trained whole", count) for path, count in self.saved.items()]
         if self.biases:
-            rows.append((f"{len(self.biases)} biases", "trained", "", "", "", f"{sum(self.biases.values()):,}", ""))
-        widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
-        lines = [
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-            for row in [head, *rows]
-        ]
+            beside.append((f"{len(self.biases)} biases", "trained", sum(self.biases.values())))
+        blank = dict.fromkeys(COLUMNS, "")
+        return rows + [{**blank, "layer": path, "kind": kind, "parameters": f"{n:,}"} for path, kind, n in beside]
+
+    def __str__(self) -> str:
+        """The table as text, then the totals."""
+        rows = [dict(zip(COLUMNS, COLUMNS, strict=True)), *self.as_table()]
+        widths = {column: max(len(row[column]) for row in rows) for column in COLUMNS}
+        lines = ["  ".join(row[column].ljust(widths[column]) for column in COLUMNS).rstrip() for row in rows]
         share = 100 * self.trainable_parameters / self.all_parameters
         total = f"{self.trainable_parameters:,} of {self.all_parameters:,} parameters are trained ({share:.4f} %)"
         return "\n".join([*lines, total])
 
 
-def make_plan(model: nn.Module, config: AdapterConfig) -> Plan:
+def make_plan(model: nn.Module, config: AdapterConfig, *, trained: bool = True) -> Plan:
     """Work out what `config` means for `model` and check it.
+
+    Args:
+        model: plain or wrapped.
+        config: a configuration.
+        trained: False for an adapter that comes from a file; see `tying.tie`.
 
     Raises:
         ValueError: the configuration does not fit the model.
@@ -140,15 +155,22 @@ def make_plan(model: nn.Module, config: AdapterConfig) -> Plan:
     """
     check_wrappable(model)
     resolved, paths = resolve(config, model)
-    method = METHODS[config.peft_type]
-    method.check(resolved, model, paths)
     saved = paths_to_save(resolved.modules_to_save or (), model)
+    targets = Targets(resolved, paths, saved, token_paths(resolved, model))
+    tie(targets, model, trained=trained)
+    check_apart(list(targets.tokens), targets.adapted, targets.saved, model)
+    method = METHODS[config.peft_type]
+    method.check(targets.config, model, [path for path in targets.adapted if path not in targets.sources])
+    counted: set[int] | None = set() if getattr(resolved, "ensure_weight_tying", False) else None
     return Plan(
-        config=resolved,
-        layers=[_plan_layer(method, resolved, path, model.get_submodule(path)) for path in paths],
-        saved={path: _plan_saved(path, model.get_submodule(path)) for path in saved},
+        config=targets.config,
+        layers=[
+            *(_plan_layer(method, targets, path, model) for path in targets.adapted),
+            *(_plan_layer(method, targets, path, model) for path in targets.tokens),
+        ],
+        saved={path: _plan_saved(path, model.get_submodule(path), counted) for path in targets.saved},
         base_parameters=count_base_parameters(model),
-        biases=_count_biases(model, plan_biases(resolved, model, paths, saved)),
+        biases=_count_biases(model, plan_biases(targets.config, model, targets.adapted, targets.saved)),
     )
 
 
@@ -169,13 +191,20 @@ def check_wrappable(model: nn.Module) -> None:
         raise TypeError(f"the model is a {type(model).__name__}, not a torch.nn.Module")
     if hasattr(model, "_orig_mod"):
         raise RuntimeError("this model is compiled already: wrap it first, then torch.compile it")
+    block = preloaded_block(model)
+    if block is not None:
+        raise RuntimeError(
+            f"accelerate brings all weights inside {block!r} at once, and would look for the adapters' among them: "
+            "dispatch the model without preload_module_classes"
+        )
     if any(hasattr(parameter, "device_mesh") for parameter in model.parameters()):
         raise RuntimeError("this model is sharded already: wrap it first, then shard it")
 
 
 def _check_not_on_disk(path: str, base: type[BaseWeight], layer: nn.Module) -> None:
     """Refuse a layer whose weight accelerate keeps on disk: it could be neither trained nor merged."""
-    weights = getattr(getattr(layer, "_hf_hook", None), "weights_map", None)
+    maps = (getattr(hook, "weights_map", None) for hook in hooks_of(layer))
+    weights = next((map for map in maps if map is not None), None)
     loader = getattr(weights, "dataset", weights)
     on_disk = getattr(loader, "index", None) or {}
     if any(f"{getattr(weights, 'prefix', '')}{name}" in on_disk for name in base.stored(layer)):
@@ -185,7 +214,7 @@ def _check_not_on_disk(path: str, base: type[BaseWeight], layer: nn.Module) -> N
         )
 
 
-def count_values(parameter: nn.Parameter) -> int:
+def count_values(parameter: Tensor) -> int:
     """How many values `parameter` has, whatever tensor is in its place.
 
     ZeRO-3 leaves an empty one there and keeps the size beside it; bitsandbytes packs two values of 4 bits into a byte.
@@ -220,16 +249,22 @@ def _count_biases(model: nn.Module, paths: list[str]) -> dict[str, int]:
     return counted
 
 
-def _plan_layer(method: type[LayerMethod], config: Any, path: str, layer: nn.Module) -> LayerPlan:
-    base = base_of(layer)
+def _plan_layer(method: type[LayerMethod], targets: Targets, path: str, model: nn.Module) -> LayerPlan:
+    config, layer, by_rows = targets.config, model.get_submodule(path), path in targets.tokens
+    source = targets.sources.get(path)
+    # What a layer shares with another is described, and counted, there.
+    first = path if source is None else source
+    base, first_base = base_of(layer), base_of(model.get_submodule(first))
     assert base is not None
+    assert first_base is not None
     if not isinstance(layer, AdaptedLayer):
         check_adoptable(path, layer)
     _check_not_on_disk(path, base, layer)
     try:
         out_features, in_features = base.shape(layer)
-        unit_class = method.unit_class(config, base)
-        shapes = unit_class.shapes(config, path, base, layer)
+        unit_class = TokenUnit if by_rows else method.unit_class(config, first_base)
+        unit_class = unit_class if source is None else unit_class.follower(base.form)
+        shapes = unit_class.shapes(config, first, base, layer)
     except ValueError as error:
         raise ValueError(f"{path} ({type(layer).__name__}): {error}") from None
     return LayerPlan(
@@ -238,14 +273,16 @@ def _plan_layer(method: type[LayerMethod], config: Any, path: str, layer: nn.Mod
         base=base.name,
         out_features=out_features,
         in_features=in_features,
-        rank=max(method.rank(config, place) for place in adapted_places(config, path, layer)),
-        shapes={unit_class.file_keys[attribute]: shape for attribute, shape in shapes.items()},
-        kernel=unit_class.route(config, path, base, layer, PLANNED_TOKENS),
+        rank=0 if by_rows else max(method.rank(config, place) for place in adapted_places(config, first, layer)),
+        shapes={unit_class.file_keys[attribute]: shape for attribute, shape in shapes.items() if source is None},
+        kernel=unit_class.route(config, first, base, layer, PLANNED_TOKENS),
         unit_class=unit_class,
+        source=source,
     )
 
 
-def _plan_saved(path: str, module: nn.Module) -> int:
+def _plan_saved(path: str, module: nn.Module, counted: set[int] | None) -> int:
+    """How many values of `module` are trained; parameters in `counted`, the tied ones of others, are not any more."""
     if not isinstance(module, SavedModule):
         check_adoptable(path, module)
     kinds = [base for inner in module.modules() if (base := base_of(inner)) is not None and base.quantized]
@@ -254,4 +291,8 @@ def _plan_saved(path: str, module: nn.Module) -> int:
             f"modules_to_save: {path!r} is quantised ({kinds[0].name}) and cannot be trained; leave it dense: "
             f"quantize(model, skip=[..., {path!r}]), or llm_int8_skip_modules of BitsAndBytesConfig"
         )
-    return sum(count_values(p) for name, p in module.named_parameters() if not name.startswith("copies."))
+    own = {id(p): p for name, p in module.named_parameters() if not name.startswith("copies.")}
+    new = {key: p for key, p in own.items() if counted is None or key not in counted}
+    if counted is not None:
+        counted.update(own)
+    return sum(map(count_values, new.values()))

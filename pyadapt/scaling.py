@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .layer import adapted_layers
+from .tokens import TokenUnit
 
 if TYPE_CHECKING:
     from .model import AdaptedModel
@@ -41,7 +42,7 @@ def _units(model: AdaptedModel, names: Sequence[str]) -> Iterator[tuple[str, Any
     for path, layer in adapted_layers(model):
         for name in names:
             unit = layer.unit(name)
-            if unit is not None:
+            if unit is not None and not isinstance(unit, TokenUnit):
                 if not hasattr(unit, "scaling"):
                     raise ValueError(
                         f"adapter {name!r} has no scaling: {type(unit).__name__} multiplies by no constant"

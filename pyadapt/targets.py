@@ -77,8 +77,8 @@ def resolve(config: Any, model: nn.Module) -> tuple[Any, list[str]]:
     holders = parameter_holders(config, saved, model)
     wanted = config.target_modules
     if wanted is None:
-        # As in PEFT, parameters that are named stand alone only in a model that has no defaults.
-        wanted = [] if holders and _model_type(model) not in DEFAULT_TARGETS else default_targets(model)
+        # Whoever names parameters means those alone.
+        wanted = [] if holders else default_targets(model)
     elif isinstance(wanted, str) and wanted.lower() == ALL_LINEAR:
         wanted = sorted(all_linear(model))
     matched = [path for path, _ in base_modules(model) if path and matches(wanted, path)]
@@ -193,7 +193,7 @@ def output_heads(model: nn.Module) -> set[str]:
 
 def default_targets(model: nn.Module) -> list[str]:
     """What is adapted when the configuration does not say: by the model's type, else by its structure."""
-    model_type = _model_type(model)
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
     if model_type in DEFAULT_TARGETS:
         return list(DEFAULT_TARGETS[model_type])
     attention = [path for path in all_linear(model) if any(_ATTENTION.search(part) for part in path.split(".")[:-1])]
@@ -208,10 +208,6 @@ def default_targets(model: nn.Module) -> list[str]:
         "target_modules not given and %s is in no table: chose %s by structure", type(model).__name__, chosen
     )
     return chosen
-
-
-def _model_type(model: nn.Module) -> Any:
-    return getattr(getattr(model, "config", None), "model_type", None)
 
 
 def _is_kept(config: Any, saved: list[str], path: str) -> bool:
@@ -268,8 +264,9 @@ def _check_parameters(path: str, names: list[str], module: nn.Module) -> None:
             shape = tuple(module.get_parameter(name).shape)
             remedy = f"name the layer, {path!r}, in target_modules" if base is not None else "leave it out"
             raise ValueError(
-                f"target_parameters: {path}.{name}, of shape {shape} in a {type(module).__name__}, cannot be adapted as a "
-                f"parameter; that takes a floating one of two or three dimensions which its module keeps itself: {remedy}"
+                f"target_parameters: {path}.{name}, of shape {shape} in a {type(module).__name__}, cannot be adapted "
+                "as a parameter; that takes a floating one of two or three dimensions that is no other kind's weight: "
+                f"{remedy}"
             )
 
 

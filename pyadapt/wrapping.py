@@ -65,6 +65,8 @@ def load(
     adapter_name: str = "default",
     is_trainable: bool = False,
     strict: bool = True,
+    adapter_dtype: Any = None,
+    low_cpu_mem_usage: bool = False,
     **hub: Any,
 ) -> nn.Module:
     """Wrap `model` with the adapter in `path`, a folder in PEFT format or a hub name.
@@ -75,17 +77,22 @@ def load(
         adapter_name: what the adapter is called here.
         is_trainable: False freezes it and puts the model into evaluation mode.
         strict: refuse files with missing, extra or misshapen tensors.
+        adapter_dtype: what the adapter is held in, whatever the file has, as in a configuration: by default float32.
+        low_cpu_mem_usage: let the tensors of the file be the adapter's weights, rather than drawing first values and
+            copying over them. What a file lacks (without `strict`) starts as usual.
         hub: `revision`, `token`, `cache_dir` for a hub name.
 
     Raises:
         AdapterFileError: the files are missing, damaged or do not fit; the model is unchanged.
     """
     if is_wrapped(model):
-        model.load_adapter(path, adapter_name, is_trainable, strict, **hub)
+        model.load_adapter(path, adapter_name, is_trainable, strict, adapter_dtype, low_cpu_mem_usage, **hub)
         return model
     attach.check_adapter_name(adapter_name, [])
-    read = checkpoint.read_adapter(model, path, strict=strict, **hub)
-    model = _put(model, read.plan, adapter_name, trainable=is_trainable, tensors=read.tensors)
+    read = checkpoint.read_adapter(model, path, strict=strict, adapter_dtype=adapter_dtype, **hub)
+    wholes = read.wholes(model, units=low_cpu_mem_usage)
+    tensors = read.besides(wholes)
+    model = _put(model, read.plan, adapter_name, trainable=is_trainable, tensors=tensors, wholes=wholes)
     return model if is_trainable else model.eval()
 
 
@@ -110,11 +117,12 @@ def _put(
     trainable: bool,
     tensors: Mapping[str, Tensor] | None = None,
     values: Mapping[str, Mapping[str, Tensor]] | None = None,
+    wholes: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> nn.Module:
     """Wrap a plain model; whatever fails, it is plain again."""
     adapted = make_adapted(model)
     try:
-        adapted.add_planned(plan, name, trainable=trainable)
+        adapted.add_planned(plan, name, trainable=trainable, values=wholes)
         checkpoint.fill_adapter(adapted, name, tensors or {})
         attach.fill(adapted, name, values or {})
     except BaseException:

@@ -133,7 +133,7 @@ def test_sets_and_tuples_become_sorted_lists():
         ({"lora_dropout": 1.0}, r"lora_dropout=1\.0 is not in \[0, 1\)"),
         ({"lora_dropout": -0.1}, r"lora_dropout=-0\.1"),
         ({"task_type": "SEQ_CLASS"}, r"task_type='SEQ_CLASS' is not one of SEQ_CLS, "),
-        ({"init_lora_weights": "loftq"}, r"init_lora_weights='loftq'"),
+        ({"init_lora_weights": "loft"}, r"init_lora_weights='loft' is not one of True, False, 'gaussian'"),
         ({"layers_pattern": "h"}, r"needs layers_to_transform"),
     ],
     ids=str,

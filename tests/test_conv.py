@@ -1,4 +1,4 @@
-"""LoRA on convolutions, against peft where it keeps the layer's geometry and against the merged layer in fp64 always."""
+"""LoRA on convolutions, against peft where it keeps the layer's geometry; always against the merged layer in fp64."""
 
 from __future__ import annotations
 
@@ -16,6 +16,9 @@ from torch.autograd.graph import saved_tensors_hooks
 
 import pyadapt
 from pyadapt import LoraConfig
+
+# peft takes the bias of B for an unsharded leftover.
+pytestmark = pytest.mark.filterwarnings(r"ignore:Adapter 'default'. 1 LoRA tensor\(s\) have invalid shape")
 
 CLASSES = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 SIZES = {1: (11,), 2: (9, 7), 3: (5, 6, 4)}
@@ -70,7 +73,8 @@ def test_values_and_gradients_are_those_of_peft(dims, case):
     assert_near(unit.lora_A.grad, theirs.lora_A["default"].weight.grad, "gradient")
     assert_near(unit.lora_B.grad, theirs.lora_B["default"].weight.grad, "gradient")
     assert_near(x.grad, x_peft.grad, "gradient")
-    assert model[0].weight.grad is None and not model[0].weight.requires_grad
+    assert model[0].weight.grad is None
+    assert not model[0].weight.requires_grad
 
 
 @pytest.mark.parametrize("dims", CLASSES)
@@ -92,17 +96,17 @@ def test_merged_is_unmerged(dims, case):
     assert_near(merged(x), before, "merged")
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths and odd dilation")
 @pytest.mark.parametrize("case", LOST, ids=geometry)
 def test_peft_loses_dilation_and_padding_mode(case):
     """Why the merged layer is the oracle there: peft's own unmerged output is not that of its merged layer."""
     model = wrapped(2, **case)
     twin = twin_of(model, 2, **case)
-    try:
-        unmerged = twin(data(2))
-    except RuntimeError as error:
-        # The undilated A gives an output of another size.
-        assert "must match the size" in str(error)
+    if case.get("dilation") and case["padding"] != "same":
+        with pytest.raises(RuntimeError, match="must match the size"):
+            twin(data(2))
         return
+    unmerged = twin(data(2))
     twin.merge_adapter()
     assert not torch.allclose(unmerged, twin(data(2)), atol=1e-3)
     assert_near(twin(data(2)), model(data(2)), "merged")
@@ -116,7 +120,8 @@ def test_groups_cannot_be_merged(dims, tmp_path):
     for attempt in (model.merge_adapter, lambda: pyadapt.merge(model), lambda: pyadapt.export(model, tmp_path / "out")):
         with pytest.raises(ValueError, match="2 groups cannot be merged"):
             attempt()
-    assert snapshot(model) == before and not (tmp_path / "out").exists()
+    assert snapshot(model) == before
+    assert not (tmp_path / "out").exists()
     with pytest.raises(NotImplementedError):
         twin_of(model, dims, groups=2).merge_adapter()
     # An input channel of the other group moves the output, as it does in peft and as it does not in the layer itself.
@@ -250,9 +255,7 @@ def test_dropout():
 
     def run(x, A, B):
         torch.manual_seed(5)
-        return torch.func.functional_call(
-            model, {"0.adapters.default.lora_A": A, "0.adapters.default.lora_B": B}, (x,)
-        )
+        return torch.func.functional_call(model, {"0.adapters.default.lora_A": A, "0.adapters.default.lora_B": B}, (x,))
 
     assert torch.autograd.gradcheck(run, (x, unit.lora_A, unit.lora_B))
     assert not torch.equal(model(x), model(x))
@@ -314,7 +317,8 @@ def test_plan():
     (row,) = plan.layers
     assert (row.base, row.out_features, row.in_features, row.rank) == ("conv", 6, 18, 4)
     shapes = {"lora_A.weight": (4, 4, 3, 3), "lora_B.weight": (6, 2, 1, 1), "lora_B.bias": (6,)}
-    assert row.shapes == shapes and row.parameters == 144 + 12 + 6
+    assert row.shapes == shapes
+    assert row.parameters == 144 + 12 + 6
 
 
 def test_a_model_with_a_patch_convolution(tmp_path):

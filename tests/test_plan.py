@@ -54,6 +54,15 @@ def test_as_text():
     assert len(lines) == 1 + 4 + 1 + 1
 
 
+def test_the_table_holds_a_row_for_all_that_is_trained():
+    plan = pyadapt.plan(build("bert"), LoraConfig(task_type="SEQ_CLS"))
+    table = plan.as_table()
+    assert [row["layer"] for row in table] == [layer.path for layer in plan.layers] + ["classifier"]
+    assert table[0]["shape"] == "24 x 24"
+    assert sum(int(row["parameters"].replace(",", "")) for row in table) == plan.trainable_parameters
+    assert all(row["layer"] in str(plan) for row in table)
+
+
 def test_as_dict_is_json():
     plan = pyadapt.plan(build("bert"), LoraConfig(task_type="SEQ_CLS"))
     values = json.loads(json.dumps(plan.as_dict()))

@@ -42,7 +42,9 @@ Tensor make_tensor(const View& view, const std::int64_t* sizes, const std::int64
         tensor.strides[d] = strides && sizes[d] > 1 && elements > 0 ? strides[d] : dense;
         dense *= sizes[d];
     }
-    if (elements > 0 && !view.data) throw ValueError(std::string(name) + " has no memory of its own to read or write");
+    if (elements > 0 && !view.data)
+        throw ValueError(std::string(name) +
+                         " has no memory behind its elements; wanted a tensor whose storage is neither fake nor freed");
     return tensor;
 }
 

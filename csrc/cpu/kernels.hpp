@@ -112,7 +112,14 @@ struct SegmentProduct {
     std::int64_t first_task = 0;  // the kernel's own
 };
 
+// Products that do not depend on each other, but may read what the stage before them wrote.
+struct SegmentStage {
+    SegmentProduct* products;
+    std::int64_t count;
+};
+
 constexpr int most_products = 2;
+constexpr int most_stages = 2;
 
 struct Kernels {
     const char* isa;
@@ -121,8 +128,8 @@ struct Kernels {
     void (*skinny)(const Skinny&);
     void (*quantize_rows)(const QuantizeRows&);
     void (*dequantize_rows)(const DequantizeRows&);
-    // Any number of products that do not depend on each other, in one team.
-    void (*segments)(SegmentProduct* products, std::int64_t count, int threads);
+    // Any number of products, in one team: at most most_stages stages of them.
+    void (*segments)(const SegmentStage* stages, int count, int threads);
 };
 
 }  // namespace pyadapt::cpu

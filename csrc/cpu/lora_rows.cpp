@@ -28,16 +28,18 @@ std::vector<Segment> read_segments(const Tensor& table, std::int64_t M, std::siz
     check_rows(table);
     const auto* values = static_cast<const std::int64_t*>(table.data);
     const std::int64_t count = table.sizes[0], stride = table.strides[0];
-    if (count == 0 && M > 0) throw ValueError("segments is empty, but x has " + text(M) + " rows; wanted one from row 0 on");
+    if (count == 0 && M > 0)
+        throw ValueError("segments is empty, but x has " + text(M) + " rows; wanted one from row 0 on");
     std::vector<Segment> segments;
     for (std::int64_t j = 0; j < count; ++j) {
         const std::int64_t row = values[j * stride], adapter = values[j * stride + 1];
         const std::int64_t end = j + 1 < count ? values[(j + 1) * stride] : M;
         if (j == 0 && row != 0) throw ValueError("segments starts at row " + text(row) + "; wanted 0");
-        if (row > M) throw ValueError("segments[" + text(j) + "] starts at row " + text(row) + ", but x has " + text(M));
+        if (row > M)
+            throw ValueError("segments[" + text(j) + "] starts at row " + text(row) + ", but x has " + text(M));
         if (end < row && j + 1 < count)
-            throw ValueError("segments[" + text(j + 1) + "] starts at row " + text(end) + ", before segments[" + text(j) +
-                             "] at " + text(row) + "; wanted ascending rows");
+            throw ValueError("segments[" + text(j + 1) + "] starts at row " + text(end) + ", before segments[" +
+                             text(j) + "] at " + text(row) + "; wanted ascending rows");
         if (adapter < -1 || adapter >= static_cast<std::int64_t>(adapters))
             throw ValueError("segments[" + text(j) + "] asks for adapter " + text(adapter) + " of " +
                              text(adapters) + "; wanted -1 for none, or an index below that");
@@ -94,16 +96,29 @@ SegmentProduct rows_product(const Segment& segment, std::int64_t cols, const Ten
 }
 
 // A product summed over all rows of one adapter.
-SegmentProduct sum_product(const std::vector<Steps>& rows, const Tensor& out, const Operand& left, const Operand& right) {
+SegmentProduct sum_product(const std::vector<Steps>& rows, const Tensor& out, const Operand& left,
+                           const Operand& right) {
     SegmentProduct product = product_into(out, left, right);
     product.steps = rows.data();
     product.ranges = static_cast<std::int64_t>(rows.size());
     return product;
 }
 
-void run(std::vector<SegmentProduct>& products, int threads) {
-    kernels().segments(products.data(), static_cast<std::int64_t>(products.size()), threads);
-    products.clear();
+// The second products read what the first ones write.
+void run(std::vector<SegmentProduct>& first, std::vector<SegmentProduct>& second, int threads) {
+    static_assert(most_stages >= 2);
+    const auto stage = [](std::vector<SegmentProduct>& products) {
+        return SegmentStage{products.data(), static_cast<std::int64_t>(products.size())};
+    };
+    const SegmentStage stages[] = {stage(first), stage(second)};
+    kernels().segments(stages, 2, threads);
+}
+
+// The depth of the products that go back from S or dS.
+std::vector<Steps> ranks_of(const std::vector<Adapter>& adapters) {
+    std::vector<Steps> ranks;
+    for (const Adapter& adapter : adapters) ranks.push_back({0, adapter.A->sizes[0]});
+    return ranks;
 }
 
 float scaling_of(const Adapter& adapter) { return static_cast<float>(adapter.scaling); }
@@ -175,22 +190,18 @@ void lora_rows_forward(const Tensor& x, const std::vector<Adapter>& adapters, co
     clear_rest(S, parts, adapters);
 
     const Steps features = {0, K};
-    std::vector<Steps> ranks;
-    for (const Adapter& adapter : adapters) ranks.push_back({0, adapter.A->sizes[0]});
-    std::vector<SegmentProduct> products;
+    const std::vector<Steps> ranks = ranks_of(adapters);
+    std::vector<SegmentProduct> shrink, expand;
     for (const Segment& part : parts) {
         const Adapter& adapter = adapters[part.adapter];
+        const Steps& rank = ranks[part.adapter];
         const Operand left = dropped(rows_of(x), adapter.dropout);
-        products.push_back(rows_product(part, ranks[part.adapter].count, S, left, rows_of(*adapter.A), features));
+        shrink.push_back(rows_product(part, rank.count, S, left, rows_of(*adapter.A), features));
+        expand.push_back(rows_product(part, N, y, rows_of(S), rows_of(*adapter.B), rank));
+        expand.back().alpha = scaling_of(adapter);
+        expand.back().add_out = true;
     }
-    run(products, threads);
-    for (const Segment& part : parts) {
-        const Adapter& adapter = adapters[part.adapter];
-        products.push_back(rows_product(part, N, y, rows_of(S), rows_of(*adapter.B), ranks[part.adapter]));
-        products.back().alpha = scaling_of(adapter);
-        products.back().add_out = true;
-    }
-    run(products, threads);
+    run(shrink, expand, threads);
 }
 
 void lora_rows_backward(const Tensor& g, const Tensor& x, const std::vector<Adapter>& adapters, const Tensor& segments,
@@ -218,31 +229,24 @@ void lora_rows_backward(const Tensor& g, const Tensor& x, const std::vector<Adap
     std::vector<float> memory(static_cast<std::size_t>(M * R));
     const Tensor dS = {"dS", memory.data(), DType::f32, 2, {M, R}, {R, 1}};
     const Steps outputs = {0, N};
-    std::vector<Steps> ranks;
-    for (const Adapter& adapter : adapters) ranks.push_back({0, adapter.A->sizes[0]});
-    std::vector<SegmentProduct> products;
+    const std::vector<Steps> ranks = ranks_of(adapters);
+    std::vector<SegmentProduct> of_g, of_dS;
     for (const Segment& part : parts) {
         const Adapter& adapter = adapters[part.adapter];
-        products.push_back(
-            rows_product(part, ranks[part.adapter].count, dS, rows_of(g), columns_of(*adapter.B), outputs));
-        products.back().alpha = scaling_of(adapter);
+        const Steps& rank = ranks[part.adapter];
+        of_g.push_back(rows_product(part, rank.count, dS, rows_of(g), columns_of(*adapter.B), outputs));
+        of_g.back().alpha = scaling_of(adapter);
+        if (!dx) continue;
+        of_dS.push_back(rows_product(part, K, *dx, rows_of(dS), columns_of(*adapter.A), rank));
+        of_dS.back().mask = &adapter.dropout;
+        of_dS.back().add_out = true;
     }
     for (std::size_t a = 0; a < adapters.size(); ++a) {
-        products.push_back(sum_product(rows[a], dB[a], columns_of(g), columns_of(S)));
-        products.back().alpha = scaling_of(adapters[a]);
+        of_g.push_back(sum_product(rows[a], dB[a], columns_of(g), columns_of(S)));
+        of_g.back().alpha = scaling_of(adapters[a]);
+        of_dS.push_back(sum_product(rows[a], dA[a], columns_of(dS), dropped(columns_of(x), adapters[a].dropout)));
     }
-    run(products, threads);
-    for (const Segment& part : parts) {
-        if (!dx) break;
-        const Adapter& adapter = adapters[part.adapter];
-        products.push_back(rows_product(part, K, *dx, rows_of(dS), columns_of(*adapter.A), ranks[part.adapter]));
-        products.back().mask = &adapter.dropout;
-        products.back().add_out = true;
-    }
-    for (std::size_t a = 0; a < adapters.size(); ++a)
-        products.push_back(
-            sum_product(rows[a], dA[a], columns_of(dS), dropped(columns_of(x), adapters[a].dropout)));
-    run(products, threads);
+    run(of_g, of_dS, threads);
 }
 
 }  // namespace pyadapt::cpu

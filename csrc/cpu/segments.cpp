@@ -1,10 +1,11 @@
 // Many small products in one team: the low-rank passes of a batch in which each segment of rows has its own adapter.
 //
-// A product is cut into tiles, and the tiles of all products are the tasks of one OpenMP region. A task keeps its tile
-// in fp32 and writes it once. A segment of more rows goes through packed panels and the engine's micro-kernel; one of a
-// few rows (decoding) reads its adapter once, where it lies, for packing would cost more than the product.
+// A product is cut into tiles, and the tiles of all products are the tasks of one OpenMP region, with a barrier between
+// its stages. A task keeps its tile in fp32 and writes it once. Where a segment has more rows, its products go through
+// packed panels and the engine's micro-kernel; for a few rows (decoding) they read the adapter once, where it lies, for
+// packing would cost more than the product.
 //
-// The sum of an element is one chain, cut at the same depths whatever its tile: the same bits for any number of threads.
+// The sum of an element is cut at the same depths whatever its tile: the same bits for any number of threads.
 #include <omp.h>
 
 #include "../core/workspace.hpp"
@@ -32,9 +33,9 @@ std::int64_t tasks_of(const SegmentProduct& product, TileSize size) {
     return pieces(product.rows, size.rows) * pieces(product.cols, size.cols);
 }
 
-std::int64_t tasks_of(const SegmentProduct* products, std::int64_t count, TileSize size) {
+std::int64_t tasks_of(const SegmentStage& stage, TileSize size) {
     std::int64_t tasks = 0;
-    for (std::int64_t i = 0; i < count; ++i) tasks += tasks_of(products[i], size);
+    for (std::int64_t i = 0; i < stage.count; ++i) tasks += tasks_of(stage.products[i], size);
     return tasks;
 }
 
@@ -45,14 +46,14 @@ std::int64_t depth_of(const SegmentProduct& product) {
 }
 
 // Large tiles pack less; several a thread even out segments of different lengths.
-TileSize choose_size(const SegmentProduct* products, std::int64_t count, int threads) {
-    TileSize size = {0, 0};
-    for (std::int64_t i = 0; i < count; ++i) {
-        const std::int64_t rows = round_up(least(products[i].rows, largest_rows), tile_rows);
-        const std::int64_t cols = round_up(least(products[i].cols, largest_cols), tile_cols);
+TileSize choose_size(const SegmentStage& stage, int threads) {
+    TileSize size = {tile_rows, tile_cols};
+    for (std::int64_t i = 0; i < stage.count; ++i) {
+        const std::int64_t rows = round_up(least(stage.products[i].rows, largest_rows), tile_rows);
+        const std::int64_t cols = round_up(least(stage.products[i].cols, largest_cols), tile_cols);
         size = {rows > size.rows ? rows : size.rows, cols > size.cols ? cols : size.cols};
     }
-    while (threads > 1 && tasks_of(products, count, size) < 4 * threads) {
+    while (threads > 1 && tasks_of(stage, size) < 4 * threads) {
         const bool rows_left = size.rows > tile_rows, cols_left = size.cols > tile_cols;
         if (!rows_left && !cols_left) break;
         if (rows_left && (!cols_left || size.rows >= size.cols)) size.rows = round_up(size.rows / 2, tile_rows);
@@ -199,11 +200,13 @@ void write_outer_as(const SegmentProduct& product, std::int64_t row, std::int64_
                     std::int64_t cols, std::int64_t steps, const Scratch& scratch) {
     for (std::int64_t i = 0; i < rows; ++i) {
         Floats left[few_rows];
-        for (std::int64_t p = 0; p < steps; ++p) left[p] = broadcast(product.alpha * scratch.left[p * direct_stride + i]);
+        for (std::int64_t p = 0; p < steps; ++p)
+            left[p] = broadcast(product.alpha * scratch.left[p * direct_stride + i]);
         const std::int64_t to = (row + i) * product.out_stride + col;
         for (std::int64_t j = 0; j < cols; j += width) {
             Floats sum = {};
-            for (std::int64_t p = 0; p < steps; ++p) sum += left[p] * load<Floats>(scratch.right + p * direct_stride + j);
+            for (std::int64_t p = 0; p < steps; ++p)
+                sum += left[p] * load<Floats>(scratch.right + p * direct_stride + j);
             if (cols - j >= width) store_floats<dtype>(product.out, to + j, sum);
             else store_tail<dtype>(product.out, to + j, cols - j, sum);
         }
@@ -300,39 +303,49 @@ struct Task {
 };
 
 // The product that a task belongs to: the last one that starts at or before it and has tasks.
-const SegmentProduct& owner_of(std::int64_t task, const SegmentProduct* products, std::int64_t count) {
-    std::int64_t low = 0, high = count;
+const SegmentProduct& owner_of(std::int64_t task, const SegmentStage& stage) {
+    std::int64_t low = 0, high = stage.count;
     while (high - low > 1) {
         const std::int64_t middle = (low + high) / 2;
-        (products[middle].first_task <= task ? low : high) = middle;
+        (stage.products[middle].first_task <= task ? low : high) = middle;
     }
-    return products[low];
+    return stage.products[low];
 }
 
 }  // namespace
 
-void segments(SegmentProduct* products, std::int64_t count, int threads) {
-    const TileSize size = choose_size(products, count, threads);
-    if (size.rows == 0 || size.cols == 0) return;
-    std::int64_t tasks = 0, work = 0;
-    for (std::int64_t i = 0; i < count; ++i) {
-        SegmentProduct& product = products[i];
-        product.first_task = tasks;
-        tasks += tasks_of(product, size);
-        work += product.rows * product.cols * (depth_of(product) + 1);
+void segments(const SegmentStage* stages, int count, int threads) {
+    TileSize sizes[most_stages];
+    std::int64_t tasks[most_stages], most = 0, work = 0, share = 0;
+    for (int i = 0; i < count; ++i) {
+        const SegmentStage& stage = stages[i];
+        sizes[i] = choose_size(stage, threads);
+        tasks[i] = 0;
+        for (std::int64_t j = 0; j < stage.count; ++j) {
+            SegmentProduct& product = stage.products[j];
+            product.first_task = tasks[i];
+            tasks[i] += tasks_of(product, sizes[i]);
+            work += product.rows * product.cols * (depth_of(product) + 1);
+        }
+        const std::int64_t floats = round_up(Scratch::floats(sizes[i]), 16);
+        share = floats > share ? floats : share;
+        most = tasks[i] > most ? tasks[i] : most;
     }
-    const int team = work < serial_work ? 1 : static_cast<int>(least(threads, tasks));
-    const std::int64_t share = round_up(Scratch::floats(size), 16);
+    if (most == 0) return;
+    const int team = work < serial_work ? 1 : static_cast<int>(least(threads, most));
     float* memory = workspace(team * share);
-#pragma omp parallel for schedule(dynamic, 1) num_threads(team) if (team > 1)
-    for (std::int64_t task = 0; task < tasks; ++task) {
-        const SegmentProduct& product = owner_of(task, products, count);
+#pragma omp parallel num_threads(team) if (team > 1)
+    for (int i = 0; i < count; ++i) {
+        const TileSize size = sizes[i];
         const Scratch scratch(memory + omp_get_thread_num() * share, size);
-        const std::int64_t t = task - product.first_task, across = pieces(product.cols, size.cols);
-        const std::int64_t i = t / across * size.rows, j = t % across * size.cols;
-        Task{product, scratch, product.row + i, least(size.rows, product.rows - i), j, least(size.cols, product.cols - j),
-             size.cols}
-            .run();
+#pragma omp for schedule(dynamic, 1)
+        for (std::int64_t task = 0; task < tasks[i]; ++task) {
+            const SegmentProduct& product = owner_of(task, stages[i]);
+            const std::int64_t t = task - product.first_task, across = pieces(product.cols, size.cols);
+            const std::int64_t row = t / across * size.rows, col = t % across * size.cols;
+            const std::int64_t rows = least(size.rows, product.rows - row), cols = least(size.cols, product.cols - col);
+            Task{product, scratch, product.row + row, rows, col, cols, round_up(cols, tile_cols)}.run();
+        }
     }
 }
 

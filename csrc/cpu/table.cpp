@@ -10,7 +10,7 @@ void gemm(const Gemm* products, int count);
 void skinny(const Skinny&);
 void quantize_rows(const QuantizeRows&);
 void dequantize_rows(const DequantizeRows&);
-void segments(SegmentProduct* products, std::int64_t count, int threads);
+void segments(const SegmentStage* stages, int count, int threads);
 
 extern const Kernels kernels;
 const Kernels kernels = {PYADAPT_TEXT(PYADAPT_ISA), gemm, skinny, quantize_rows, dequantize_rows, segments};

@@ -4,8 +4,8 @@
     4-bit: W = code[q] * absmax of its block, blocks of 32 to 4096 values in row-major order
 
 The kernels read the int8 weight and its row scales where bitsandbytes keeps them. A 4-bit weight is dequantised by
-bitsandbytes for each product, in forward and again in backward, and freed after it. Nothing of the layer is changed: its
-own forward serves whenever no adapter is at work. That forward rounds inputs to int8, all but the columns beyond
+bitsandbytes for each product, in forward and again in backward, and freed after it. Nothing of the layer is changed:
+its own forward serves whenever no adapter is at work. That forward rounds inputs to int8, all but the columns beyond
 `llm_int8_threshold`; under an adapter every column is multiplied in the input's own precision.
 
 Sources: Dettmers et al., "LLM.int8()", 2022; Dettmers et al., "QLoRA", 2023.
@@ -13,6 +13,7 @@ Sources: Dettmers et al., "LLM.int8()", 2022; Dettmers et al., "QLoRA", 2023.
 
 from __future__ import annotations
 
+import abc
 import copy
 import math
 import sys
@@ -58,20 +59,18 @@ class Bitsandbytes(BaseWeight):
         return layer.out_features, layer.in_features
 
     @classmethod
+    @abc.abstractmethod
     def problem(cls, layer: Any) -> str | None:
         """Why the weight cannot be read, with the way out, or None."""
-        raise NotImplementedError
 
     @classmethod
-    def dense_dtype(cls, layer: Any, model: nn.Module) -> torch.dtype:
-        """See `BaseWeight.dense_dtype`: that of the model's parameters now, for the layer casts no input any more."""
-        quantised = {id(module.weight) for module in model.modules() if _is_bitsandbytes(module)}
-        others = (p.dtype for p in model.parameters() if p.is_floating_point() and id(p) not in quantised)
-        return next(others, cls.dtype(layer))
+    def merged_dtype(cls, layer: Any, others: torch.dtype | None) -> torch.dtype:
+        """See `BaseWeight.merged_dtype`: that of the others, for a plain layer casts no input."""
+        return cls.dtype(layer) if others is None else others
 
     @classmethod
     def plain(cls, layer: Any, matrix: Tensor) -> dict[str, Tensor]:
-        """See `BaseWeight.plain`; the dtype is the caller's, who has asked `dense_dtype`."""
+        """See `BaseWeight.plain`; the dtype is the caller's, who has asked `merged_dtype`."""
         return {"weight": matrix.t().contiguous() if cls.plain_is_transposed(layer) else matrix}
 
     @classmethod
@@ -112,7 +111,7 @@ class Bitsandbytes(BaseWeight):
 
 @register
 class BitsandbytesInt8(Bitsandbytes):
-    """`Linear8bitLt`: `weight` int8 (N, K); `SCB` (N,) fp32 is on the weight until the first forward, then in `state`."""
+    """`Linear8bitLt`: int8 `weight` (N, K); `SCB` (N,) fp32 on the weight, or in `state` after its first forward."""
 
     name = "bitsandbytes int8"
     class_name = "Linear8bitLt"
@@ -166,7 +165,7 @@ class BitsandbytesInt8(Bitsandbytes):
             layer.weight.copy_(kept["weight"])
             _SCB(layer).copy_(kept["SCB"])
         # A copy of a layer has two int8 tensors until its first forward; let both be the one that was written.
-        holder = layer.weight if layer.weight.CB is not None else layer.state
+        holder = layer.state if layer.weight.CB is None else layer.weight
         holder.CB = layer.weight.data
 
     @staticmethod
@@ -179,7 +178,7 @@ class BitsandbytesInt8(Bitsandbytes):
 
 @register
 class Bitsandbytes4bit(Bitsandbytes):
-    """`Linear4bit`: two values a byte, in rows of any storage dtype, and a `quant_state` on the weight (and the layer)."""
+    """`Linear4bit`: two values a byte in a tensor of any storage dtype, and a `quant_state` on the weight."""
 
     name = "bitsandbytes 4-bit"
     class_name = "Linear4bit"
@@ -266,10 +265,6 @@ class Bitsandbytes4bit(Bitsandbytes):
 
         mass = total(code.square())
         return 0.0 if mass == 0 else math.sqrt(total(_cell_errors(code)) / mass)
-
-
-def _is_bitsandbytes(module: Any) -> bool:
-    return BitsandbytesInt8.accepts(module) or Bitsandbytes4bit.accepts(module)
 
 
 def _was_conv1d(layer: Any) -> bool:

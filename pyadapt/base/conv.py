@@ -26,7 +26,7 @@ class Conv(BaseWeight):
         """See `BaseWeight.accepts`; a subclass that does something else with its weight is not taken."""
         if not isinstance(layer, _CLASSES) or not layer.weight.is_floating_point():
             return False
-        own = original_class(layer)
+        own: Any = original_class(layer)
         return any(own.forward is cls.forward and own._conv_forward is cls._conv_forward for cls in _CLASSES)
 
     @staticmethod

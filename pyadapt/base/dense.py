@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..lookup import parameter
 from .kind import BaseWeight, Operands, check_at_hand, is_conv1d, register
 
 
@@ -39,8 +40,8 @@ class Dense(BaseWeight):
     def operands(layer: Any) -> Operands:
         """See `BaseWeight.operands`."""
         check_at_hand(layer)
-        weight: Tensor = layer.weight
-        return Operands(weight.t() if is_conv1d(layer) else weight, None, layer.bias)
+        weight: Tensor = parameter(layer, "weight")
+        return Operands(weight.t() if is_conv1d(layer) else weight, None, parameter(layer, "bias"))
 
     @staticmethod
     def matrix(layer: Any) -> Tensor:

@@ -27,7 +27,8 @@ class Embedding(BaseWeight):
         """
         if not isinstance(layer, nn.Embedding) or not layer.weight.is_floating_point():
             return False
-        return original_class(layer).forward is nn.Embedding.forward or scale_of(layer) is not None
+        own: Any = original_class(layer)
+        return own.forward is nn.Embedding.forward or scale_of(layer) is not None
 
     @staticmethod
     def shape(layer: Any) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""Parameters that a module of no other kind keeps itself: the experts of a mixture in one tensor, or a router's weight."""
+"""Parameters that a module of no other kind keeps itself: all experts of a mixture in one tensor, or a router."""
 
 from __future__ import annotations
 

@@ -10,12 +10,13 @@ floating tensor.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..dtypes import output_dtype
+from ..lookup import parameter
 from ..ops import quantize  # noqa: F401 - defines the ops quantize_rows and dequantize_rows
 from ..ops.linear import FrozenLinear
 from ..surgery import adopt, release
@@ -43,12 +44,13 @@ class Int8Layer(nn.Module):
             return FrozenLinear.apply(x, self, output_dtype(x))
         # A bias that is trained is added where autograd sees it.
         y = FrozenLinear.apply(x, self, output_dtype(x), False)
-        return y + self.bias.to(y.dtype)
+        return y + cast(Tensor, self.bias).to(y.dtype)
 
     def operands(self) -> Operands:
         """The int8 weight, its scale and the bias; read again in backward."""
         check_at_hand(self)
-        return Operands(self.weight, self.weight_scale.view(torch.float32), self.bias)
+        scale = parameter(self, "weight_scale").view(torch.float32)
+        return Operands(parameter(self, "weight"), scale, parameter(self, "bias"))
 
 
 @register

@@ -75,8 +75,8 @@ class BaseWeight(abc.ABC):
         """Make `layer` a plain layer that holds `matrix` in its original dtype."""
 
     @classmethod
-    def dense_dtype(cls, layer: Any, model: nn.Module) -> torch.dtype:
-        """The dtype that a merge gives the plain layer; `model` tells it where the layer does not remember its own."""
+    def merged_dtype(cls, layer: Any, others: torch.dtype | None) -> torch.dtype:
+        """The dtype that a merge gives the plain layer; `others` is that of the model's dense parameters, if any."""
         return cls.dtype(layer)
 
     @classmethod

@@ -28,9 +28,7 @@ def norm_dtype(weight: Tensor, A: Tensor) -> torch.dtype:
     return torch.float64 if torch.float64 in (weight.dtype, A.dtype) else torch.float32
 
 
-def row_norms_reference(
-    weight: Tensor, weight_scale: Tensor | None, A: Tensor, B: Tensor, scaling: float
-) -> Tensor:
+def row_norms_reference(weight: Tensor, weight_scale: Tensor | None, A: Tensor, B: Tensor, scaling: float) -> Tensor:
     """norm (N,) with the whole of W + s B A in memory."""
     dtype = norm_dtype(weight, A)
     with torch.autocast(weight.device.type, enabled=False):
@@ -67,9 +65,7 @@ def _dequantized(weight: Tensor, weight_scale: Tensor, dtype: torch.dtype) -> Te
 registry.define(
     "row_norms(Tensor weight, Tensor? weight_scale, Tensor A, Tensor B, float scaling) -> Tensor",
     _row_norms,
-    fake=lambda weight, weight_scale, A, B, scaling: weight.new_empty(
-        weight.shape[0], dtype=norm_dtype(weight, A)
-    ),
+    fake=lambda weight, weight_scale, A, B, scaling: weight.new_empty(weight.shape[0], dtype=norm_dtype(weight, A)),
 )
 
 

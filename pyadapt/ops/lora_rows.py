@@ -9,9 +9,10 @@ and with dS = dL/dS, sums going over all rows of the adapter,
     dS = s_a g B_a            dx = g W + mask(dS A_a)
     dB_a = s_a g' S           dA_a = dS' drop(x)
 
-Shapes: x (M, K), W (N, K), A_a (r_a, K), B_a (N, r_a), g (M, N), segments (n, 2): first row and adapter. S is (M, R), R
-the largest rank; a row holds its adapter's r_a columns and zeros beyond. Ranks, scalings and dropout probabilities may
-differ; the mask is that of `ops/lora.py`, by seed, row of x and column. An adapter that has no row gets gradients of zero.
+Shapes: x (M, K), W (N, K), A_a (r_a, K), B_a (N, r_a), g (M, N), segments (n, 2): first row and adapter. S is (M, R),
+R the largest rank; a row holds its adapter's r_a columns and zeros beyond. Ranks, scalings and dropout probabilities
+may differ; the mask is that of ``ops/lora.py``, by seed, row of x and column. An adapter without a row gets zero
+gradients.
 """
 
 from __future__ import annotations
@@ -319,12 +320,9 @@ class LoraRows(torch.autograd.Function):
     ) -> Tensor:
         """y (..., N) for x (..., K). ``owner.operands()`` is read here and again in backward, never kept.
 
-        Args:
-            segments: (n, 2) int64 on the CPU; rows are those of x.view(-1, K). Its values may change from call to call
-                without a new trace.
-            scalings: one an adapter.
-            dropouts: one probability an adapter; the seed serves all.
-            matrices: A of every adapter, then B of every adapter.
+        ``segments`` is (n, 2) int64 on the CPU and counts the rows of x.view(-1, K); another assignment of rows needs
+        no new trace. ``scalings`` and ``dropouts`` have one entry an adapter, one seed serves all. ``matrices`` is A
+        of every adapter, then B of every adapter.
         """
         weight, weight_scale, bias = owner.operands()
         As, Bs = list(matrices[: len(scalings)]), list(matrices[len(scalings) :])

@@ -57,8 +57,9 @@ def keep_mask(seed: Tensor, p: float, M: int, K: int, device: torch.device | str
     row = torch.arange(M, device=device)[:, None]
     zero = torch.zeros((), dtype=torch.int64, device=device)
     lanes = philox4x32((group, row & _LOW, row >> 32, zero), key)
-    draws = torch.stack([lane.expand(M, group.shape[1]) for lane in lanes], dim=-1).reshape(M, -1)[:, :K]
-    return draws >= threshold(p)
+    groups = group.shape[1]
+    draws = torch.stack([lane.expand(M, groups) for lane in lanes], dim=-1).reshape(M, 4 * groups)
+    return draws[:, :K] >= threshold(p)
 
 
 def dropout(x: Tensor, seed: Tensor | None, p: float) -> Tensor:

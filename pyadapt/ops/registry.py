@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, is_grad_enabled, nn
@@ -73,9 +73,17 @@ def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
 class Function(torch.autograd.Function):
     """``torch.autograd.Function`` with less on the way from ``apply`` to ``forward``."""
 
+    _apply: ClassVar[Callable[..., Any]]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        below: Any = super(torch.autograd.Function, cls)
+        cls._apply = below.apply
+
     @classmethod
     def apply(cls, *args: Any) -> Any:
         """As ever. What torch wraps around it serves functional transforms, and is left out where there are none."""
-        wrapped: Any = super()
-        plain: Any = super(torch.autograd.Function, cls)
-        return (wrapped if is_compiling() or _are_functorch_transforms_active() else plain).apply(*args)
+        if _are_functorch_transforms_active():
+            wrapped: Any = super()
+            return wrapped.apply(*args)
+        return cls._apply(*args)

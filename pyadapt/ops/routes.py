@@ -160,14 +160,14 @@ def native_pair(
 
     This is asked at each step of each layer, hence a key of what can be read off tensors cheaply.
     """
-    key: tuple[Any, ...] = (x.shape, x.dtype, x.is_cpu, weight.shape, weight.stride(), weight.dtype, out_dtype)
-    if A is not None and B is not None:
-        key += (A.shape, A.dtype, B.dtype)
+    # N and r are in B's shape, K in x's.
+    shape, dtypes = (weight.shape, ()) if A is None or B is None else (B.shape, (A.dtype, B.dtype))
+    key = (x.shape, x.dtype, x.is_cpu, shape, dtypes, weight.stride(), weight.dtype, out_dtype)
     try:
         return _pairs[key]
     except KeyError:
         pass
-    rank, dtypes = (0, ()) if A is None or B is None else (A.shape[0], (A.dtype, B.dtype))
+    rank = 0 if A is None else A.shape[0]
     forward = _choose_for("forward", x, x.dtype, weight, rank, (*dtypes, out_dtype))
     backward = _choose_for("backward", x, out_dtype, weight, rank, (x.dtype, *dtypes))
     pair = (forward, backward) if forward in NATIVE and backward in NATIVE else None

@@ -5,11 +5,12 @@ from __future__ import annotations
 from tolerance import assert_near
 
 from .compare import copy_adapter_to_peft, peft_key, peft_twin, snapshot
-from .families import ALL, FAMILIES, Family, build, model_batch, plain_module
+from .families import ALL, FAMILIES, VOCABULARY, Family, build, model_batch, plain_module, tied_llama
 
 __all__ = [
     "ALL",
     "FAMILIES",
+    "VOCABULARY",
     "Family",
     "assert_near",
     "build",
@@ -19,4 +20,5 @@ __all__ = [
     "peft_twin",
     "plain_module",
     "snapshot",
+    "tied_llama",
 ]

@@ -57,6 +57,15 @@ def _llama() -> nn.Module:
     return LlamaForCausalLM(LlamaConfig(**_decoder_options(), num_key_value_heads=2))
 
 
+def tied_llama(seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """A Llama whose head shares its weight with the input embedding, in evaluation mode."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    options = {**_decoder_options(), "tie_word_embeddings": True}
+    return LlamaForCausalLM(LlamaConfig(**options, num_key_value_heads=2)).to(dtype).eval()
+
+
 def _olmo() -> nn.Module:
     """In no table of defaults: its targets are found by structure."""
     from transformers import OlmoConfig, OlmoForCausalLM

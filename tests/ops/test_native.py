@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.dlpack import to_dlpack
 
 from ops.oracle import make_layer
@@ -190,8 +191,10 @@ def bad(operand: str, value: object, match: str, error: type[Exception] = ValueE
         bad("x", torch.zeros(5, 8), r"x has shape \(5, 8\)|weight has shape"),
         bad("x", torch.zeros(5, 7, dtype=torch.int8), "x is int8; wanted float32", TypeError),
         bad("x", torch.zeros(5, 7, dtype=torch.float64), "x has the DLPack type", TypeError),
-        bad("x", torch.zeros(7), "x is one-dimensional"),
-        bad("x", torch.zeros(1, 5, 7), "x has 3 dimensions"),
+        bad("x", torch.zeros(()), "x has no dimensions"),
+        bad("x", torch.zeros(7), r"y has shape \(5, 9\); wanted \(M, N\) = \(1, 9\)"),
+        bad("x", torch.zeros(2, 5, 7), r"y has shape \(5, 9\); wanted \(M, N\) = \(10, 9\)"),
+        bad("weight", torch.zeros(1, 9, 7), "weight has 3 dimensions"),
         bad("weight", torch.zeros(9, 6), r"weight has shape \(9, 6\); wanted \(N, K\) = \(9, 7\)"),
         bad("weight", torch.zeros(9, 7, dtype=torch.int8), "weight is int8 but weight_scale is None"),
         bad("weight", torch.zeros(9, 7, dtype=torch.int64), "weight is int64", TypeError),
@@ -203,6 +206,7 @@ def bad(operand: str, value: object, match: str, error: type[Exception] = ValueE
         bad("y", torch.zeros(5, 8), r"y has shape \(5, 8\)"),
         bad("y", torch.zeros(9).expand(5, 9), "rows that do not overlap"),
         bad("y", torch.zeros(9, 5).t(), "y has strides"),
+        bad("y", torch.zeros(10, 2, 9)[::2], "y has 3 dimensions with gaps"),
         bad("S", torch.zeros(5, 3, dtype=torch.bfloat16), "S is bfloat16; wanted float32", TypeError),
         bad("seed", None, "no seed was given"),
         bad("seed", torch.tensor([1.0]), "seed is float32; wanted int64", TypeError),
@@ -210,11 +214,20 @@ def bad(operand: str, value: object, match: str, error: type[Exception] = ValueE
         bad("dropout_p", 1.5, "dropout_p is 1.5"),
         bad("dropout_p", float("nan"), "dropout_p is nan"),
         bad("threads", 0, "threads is 0"),
-        bad("x", "rubbish", "x is a str; wanted an unused DLPack capsule", TypeError),
+        bad("x", "rubbish", "x is a str; wanted a tensor or an unused DLPack capsule", TypeError),
     ],
 )
-def test_a_bad_input_is_one_exception_that_names_it(operand, value, error, match):
-    operands = {
+@pytest.mark.parametrize("form", [lambda tensor: tensor, to_dlpack], ids=["tensor", "capsule"])
+def test_a_bad_input_is_one_exception_that_names_it(operand, value, error, match, form):
+    operands = forward_operands() | {operand: value}
+    arguments = [form(v) if isinstance(v, torch.Tensor) else v for v in operands.values()]
+    with pytest.raises(error, match=match):
+        native.core().lora_forward(*arguments)
+
+
+def forward_operands() -> dict[str, object]:
+    """The arguments of the extension's lora_forward, in order."""
+    return {
         "x": torch.zeros(5, 7),
         "weight": torch.zeros(9, 7),
         "weight_scale": None,
@@ -229,15 +242,60 @@ def test_a_bad_input_is_one_exception_that_names_it(operand, value, error, match
         "skinny": False,
         "threads": 1,
     }
-    operands[operand] = value
-    arguments = [to_dlpack(v) if isinstance(v, torch.Tensor) else v for v in operands.values()]
-    with pytest.raises(error, match=match):
-        native.core().lora_forward(*arguments)
+
+
+def freed() -> torch.Tensor:
+    """What a sharding engine leaves of a parameter that it has given back."""
+    tensor = torch.zeros(5, 7)
+    tensor.untyped_storage().resize_(0)
+    return tensor
+
+
+# x (5, 7) as torch may hold it without memory that could be read.
+MEMORYLESS = {
+    "freed": freed,
+    "meta": lambda: torch.zeros(5, 7, device="meta"),
+    "sparse": lambda: torch.zeros(5, 7).to_sparse(),
+    "mkldnn": lambda: torch.zeros(5, 7).to_mkldnn(),
+    "wrapper": lambda: TwoTensor(torch.zeros(5, 7), torch.zeros(5, 7)),
+}
+
+
+@pytest.mark.parametrize("kind", MEMORYLESS)
+@pytest.mark.parametrize("operand", ["x", "A", "y"])
+def test_a_tensor_without_memory_is_refused_by_name(operand, kind):
+    operands = forward_operands() | {operand: MEMORYLESS[kind]()}
+    with pytest.raises(ValueError, match=f"{operand} (has no memory|cannot be read as plain memory)"):
+        native.core().lora_forward(*operands.values())
+
+
+class WithoutTable(torch.Tensor):
+    """A tensor as torch before 2.10 has it."""
+
+    __dlpack_c_exchange_api__ = None
+
+
+@pytest.mark.parametrize("kind", [torch.Tensor, torch.nn.Parameter, WithoutTable])
+@pytest.mark.parametrize("grad", [False, True])
+def test_every_form_of_a_tensor_is_read_alike(kind, grad):
+    layer = make_layer(5, 7, 9, 3)
+    expected = kernels.linear_forward(layer.x, layer.weight, None, layer.bias, torch.float32)
+    x = layer.x.clone().as_subclass(kind).requires_grad_(grad)
+    y = torch.empty(5, 9)
+    native.core().linear_forward(x, layer.weight, None, layer.bias, y, False, 1)
+    assert torch.equal(y, expected)
+    # Any leading dimensions, and any strides of an input.
+    native.core().linear_forward(x.reshape(1, 5, 1, 7), layer.weight, None, layer.bias, y.view(5, 1, 9), False, 1)
+    assert torch.equal(y, expected)
+    y.zero_()
+    strided = layer.x.t().contiguous().t().as_subclass(kind)
+    native.core().linear_forward(strided, layer.weight, None, layer.bias, y, False, 1)
+    assert torch.equal(y, expected)
 
 
 def test_a_tensor_on_another_device_is_refused():
     from_meta = torch.empty(5, 7, device="meta")
-    with pytest.raises((ValueError, TypeError, RuntimeError, BufferError)):
+    with pytest.raises(ValueError, match="x cannot be read as plain memory"):
         kernels.linear_forward(from_meta, torch.zeros(9, 7), None, None, torch.float32)
     # Through the op the meta device is served by the fake implementation instead.
     weight = torch.zeros(9, 7, device="meta")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from collections.abc import Iterable
@@ -10,6 +11,8 @@ from typing import Any, ClassVar
 
 from ...config import AdapterConfig
 from .inits import complete_options
+
+logger = logging.getLogger("pyadapt")
 
 # Which biases can be trained beside A and B.
 BIASES = ("none", "lora_only", "all")
@@ -41,8 +44,9 @@ class LoraConfig(AdapterConfig):
         trainable_token_indices: rows of the input embedding to train: a list of token ids, or a dict from the name of
             an embedding to such a list.
         ensure_weight_tying: adapt or train what shares its weight with a target in the same way, tied.
-        loftq_config: for `init_lora_weights="loftq"`: `loftq_bits` and `loftq_iter`.
-        eva_config: for `init_lora_weights="eva"`: see `eva`.
+        loftq_config: for `init_lora_weights="loftq"`: `loftq_bits`, `loftq_iter` and, over quantised weights,
+            `original`; see `loftq`.
+        eva_config: for `init_lora_weights="eva"`; see `eva.EvaOptions`.
     """
 
     peft_type: ClassVar[str] = "LORA"
@@ -96,6 +100,9 @@ class LoraConfig(AdapterConfig):
                 raise ValueError(f"{where}={rank!r}: a rank is a whole number of at least 1")
         if not 0.0 <= self.lora_dropout < 1.0:
             raise ValueError(f"lora_dropout={self.lora_dropout!r} is not in [0, 1)")
+        for option, init in (("loftq_config", "loftq"), ("eva_config", "eva")):
+            if getattr(self, option) and self.init_lora_weights != init:
+                logger.warning('%s is not used: init_lora_weights is not "%s"', option, init)
         complete_options(self)
         if self.bias not in BIASES:
             raise ValueError(f"bias={self.bias!r} is not one of {', '.join(BIASES)}")
@@ -127,9 +134,13 @@ class LoraConfig(AdapterConfig):
             r=r, lora_alpha=first, rank_pattern={}, alpha_pattern=alphas, init_lora_weights=True, inference_mode=False
         )
 
+    def alpha_of(self, path: str) -> float:
+        """The alpha for the layer at `path`."""
+        return _by_pattern(self.alpha_pattern, path, self.lora_alpha)
+
     def scaling_of(self, path: str) -> float:
         """The factor s for the layer at `path`."""
-        r, alpha = self.rank_of(path), _by_pattern(self.alpha_pattern, path, self.lora_alpha)
+        r, alpha = self.rank_of(path), self.alpha_of(path)
         return alpha / math.sqrt(r) if self.use_rslora else alpha / r
 
 

@@ -11,12 +11,13 @@ Source: Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation", 2024.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ...base import BaseWeight
+from ...base import BaseWeight, base_of
 from ...layer import AdaptedLayer
 from ...method import AdapterUnit, Fold
 from ...ops.dora import ScaleFeatures
@@ -50,7 +51,7 @@ class DoraUnit(LoraUnit):
     @classmethod
     def shapes(cls, config: LoraConfig, path: str, base: type[BaseWeight], layer: Any) -> dict[str, tuple[int, ...]]:
         """See `AdapterUnit.shapes`."""
-        shapes = super().shapes(config, path, base, layer)  # type: ignore[safe-super]
+        shapes = super().shapes(config, path, base, layer)
         return {**shapes, "lora_magnitude_vector": cls.magnitude_shape(base, layer)}
 
     @classmethod
@@ -61,6 +62,25 @@ class DoraUnit(LoraUnit):
     def initialize(self, config: LoraConfig, path: str, base: type[BaseWeight], layer: Any) -> None:
         """See `AdapterUnit.initialize`."""
         super().initialize(config, path, base, layer)
+        self.start_magnitude(layer)
+        change = self.change_layer
+        if change is not None:
+
+            def change_and_measure() -> None:
+                change()
+                self.start_magnitude(layer)
+
+            self.change_layer = change_and_measure
+
+    def start_from(self, values: Mapping[str, Tensor], layer: Any) -> None:
+        """See `AdapterUnit.start_from`."""
+        super().start_from(values, layer)
+        self.start_magnitude(layer)
+
+    def start_magnitude(self, layer: Any) -> None:
+        """Make m the norm that `layer` has with A and B as they are, so that c is 1."""
+        base = base_of(layer)
+        assert base is not None
         weight, weight_scale, _ = base.operands(layer)
         with torch.no_grad():
             self.lora_magnitude_vector.view(-1).copy_(self.norm(weight, weight_scale))
@@ -120,9 +140,11 @@ class DoraLinearUnit(DoraUnit, LinearUnit):
 
     def forward(self, x: Tensor, owner: AdaptedLayer, y: Tensor | None = None, with_bias: bool = True) -> Tensor:
         """See `LinearUnit.forward`."""
-        bias: Tensor | None = owner.bias
-        z = super().forward(x, owner, _without(bias, y), with_bias=False)
-        return ScaleFeatures.apply(z, self.columns(owner), bias if with_bias else None)
+        bias: Any = owner.bias
+        # First, as torch.compile loses a scaling that it meets inside a Function and then outside.
+        c = self.columns(owner)
+        z = super().forward(x, owner, y if y is None else _without(bias, y), with_bias=False)
+        return ScaleFeatures.apply(z, c, bias if with_bias else None)
 
 
 @adapts("conv", dora=True)
@@ -151,9 +173,8 @@ class DoraConvUnit(DoraUnit, ConvUnit):
     def forward(self, x: Tensor, owner: AdaptedLayer, y: Tensor | None = None) -> Tensor:
         """See `AdapterUnit.forward`; x (batch, in, *size), or without the batch."""
         layer: Any = owner
-        bias: Tensor | None = layer.bias
-        channels = 1 - self.lora_A.dim()
-        z = layer._conv_forward(x, layer.weight, None) if y is None else _without(bias, y, channels)
+        bias, channels = layer.bias, 1 - self.lora_A.dim()
+        z: Tensor = layer._conv_forward(x, layer.weight, None) if y is None else _without(bias, y, channels)
         z = z + self.term(x, owner).to(z.dtype)
         return ScaleFeatures.apply(z, self.columns(owner), bias, channels)
 
@@ -188,8 +209,6 @@ class DoraEmbeddingUnit(DoraUnit, EmbeddingUnit):
         return ScaleFeatures.apply(y + self.term(x, owner).to(y.dtype), self.columns(owner), None)
 
 
-def _without(bias: Tensor | None, y: Tensor | None, dim: int = -1) -> Tensor | None:
+def _without(bias: Tensor | None, y: Tensor, dim: int = -1) -> Tensor:
     """`y` less the layer's own bias along `dim`."""
-    if bias is None or y is None:
-        return y
-    return y - bias.to(y.dtype).view(-1, *[1] * (-1 - dim))
+    return y if bias is None else y - bias.to(y.dtype).view(-1, *[1] * (-1 - dim))

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from ...base import BaseWeight
 from ...base.embedding import scaled_as
 from ...layer import AdaptedLayer
+from ...method import AdapterUnit
 from .config import LoraConfig
+from .tied import TiedHeadUnit
 from .unit import LoraUnit, adapts
 
 
@@ -42,6 +44,11 @@ class EmbeddingUnit(LoraUnit):
             raise ValueError("lora_bias: B of an embedding has no bias; leave the layer out, or lora_bias=False")
         r, (vocabulary, features) = config.rank_of(path), base.shape(layer)
         return {"lora_embedding_A": (r, vocabulary), "lora_embedding_B": (features, r)}
+
+    @classmethod
+    def follower(cls, form: str) -> type[AdapterUnit]:
+        """See `AdapterUnit.follower`."""
+        return TiedHeadUnit if form == "linear" else cls
 
     def initialize(self, config: LoraConfig, path: str, base: type[BaseWeight], layer: Any) -> None:
         """B normal and A zero whatever the method of starting, as in PEFT; `init_lora_weights=False`: both normal."""
@@ -72,7 +79,10 @@ class EmbeddingUnit(LoraUnit):
 
 
 def look_up(ids: Tensor, table: Tensor, owner: Any) -> Tensor:
-    """Rows of `table` with the options of the embedding `owner`: padding, largest norm, kind of gradient."""
+    """Rows of `table` with the options of the embedding `owner`: padding, largest norm, gradient by frequency.
+
+    The gradient is dense also where the layer's own would be sparse: that of a transposed table cannot be.
+    """
     return F.embedding(
         ids,
         table,
@@ -80,5 +90,4 @@ def look_up(ids: Tensor, table: Tensor, owner: Any) -> Tensor:
         max_norm=owner.max_norm,
         norm_type=owner.norm_type,
         scale_grad_by_freq=owner.scale_grad_by_freq,
-        sparse=owner.sparse,
     )

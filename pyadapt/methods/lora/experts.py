@@ -2,8 +2,8 @@
 
     W[e] + s B[e] A[e],   W (E, n, k), e = 0 .. E - 1, or a single W (n, k)
 
-As in PEFT's files A is (r E, in), its rows expert by expert, and B (out, r E), its columns rank by rank; out and in are n
-and k, or k and n where the module's `is_transposed` says that it multiplies x W[e].
+As in PEFT's files A is (r E, in), its rows expert by expert, and B (out, r E), its columns rank by rank; out and in are
+n and k, or k and n where the module's `is_transposed` says that it multiplies x W[e].
 
 The module's own forward runs, with a `WeightSum` in the place of each adapted parameter.
 """
@@ -123,11 +123,11 @@ class ExpertsUnit(LoraUnit):
         return math.prod(self.kept[name][:-2])
 
     def left_right(self, name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """L (E, n, r) and R (E, r, k) for which L R is what is added to a parameter; (n, r), (r, k) of two dimensions."""
+        """L (E, n, r) and R (E, r, k) for which L R is what is added to a parameter; without E where it has none."""
         A, B = self.pair(name)
         E, s = self.experts(name), self.scaling * self.ratios[name]
-        right = A.view(E, -1, A.shape[1]).to(dtype)
-        left = (s * B).view(B.shape[0], -1, E).permute(2, 0, 1).to(dtype).contiguous()
+        right = A.reshape(E, -1, A.shape[1]).to(dtype)
+        left = (s * B).reshape(B.shape[0], -1, E).permute(2, 0, 1).to(dtype).contiguous()
         if len(self.kept[name]) == 2:
             return left[0], right[0]
         return (right.transpose(1, 2), left.transpose(1, 2)) if self.is_transposed else (left, right)
@@ -191,7 +191,9 @@ class ExpertsUnit(LoraUnit):
         for name in self.prefixes:
             (A, B), (new_A, new_B) = self.pair(name), self._among(values, name)
             rank, ragged = divmod(new_A.shape[0], self.experts(name))
-            fits = A.shape[1:] == new_A.shape[1:] and B.shape[:1] == new_B.shape[:1] and new_A.shape[0] == new_B.shape[1]
+            fits = (
+                A.shape[1:] == new_A.shape[1:] and B.shape[:1] == new_B.shape[:1] and new_A.shape[0] == new_B.shape[1]
+            )
             if ragged or not fits or rank > A.shape[0] // self.experts(name):
                 return False
         return True
@@ -212,10 +214,8 @@ class ExpertsUnit(LoraUnit):
 
     def extra_repr(self) -> str:
         """Rank and scaling of each parameter, for `print(model)`."""
-        return ", ".join(
-            f"{name}: r={self.pair(name)[0].shape[0] // self.experts(name)} scaling={self.scaling * self.ratios[name]:g}"
-            for name in self.prefixes
-        )
+        ranks = {name: self.pair(name)[0].shape[0] // self.experts(name) for name in self.prefixes}
+        return ", ".join(f"{name}: r={r} scaling={self.scaling * self.ratios[name]:g}" for name, r in ranks.items())
 
 
 def _is_transposed(layer: Any) -> bool:

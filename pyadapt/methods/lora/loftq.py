@@ -2,8 +2,9 @@
 
     repeat loftq_iter times:   Q = quantise(W - s B A),   s B A = the first r terms of the SVD of W - Q
 
-At first A = B = 0. The factors are U sqrt(S / s) and sqrt(S / s) V', so that the layer starts from Q + s B A whatever the
-scaling. (PEFT leaves s out, which is the same for lora_alpha = r only.)
+At first A = B = 0. The factors are U sqrt(S / s) and sqrt(S / s) V', so that Q + s B A is near W whatever the scaling.
+(PEFT leaves s out, which is the same for lora_alpha = r only.) More than a few rounds gain little, and at 2 bits they
+can lose.
 
 Over a dense weight the weight itself becomes Q, by request: unwrapping leaves Q, and a second adapter has Q under it.
 `loftq_bits` chooses what Q is:
@@ -11,9 +12,9 @@ Over a dense weight the weight itself becomes Q, by request: unwrapping leaves Q
     8       int8 rows: the layer becomes a layer of `pyadapt.quantize`, of half or a quarter of its size
     4, 2    NF4 and NF2, the normal float of QLoRA in blocks of 64, held in the layer's own dtype
 
-Over a weight that is quantised already, `loftq_config["original"]` names the checkpoint of the model from before, one of
-whose weights is read at a time. Q is what the layer holds; with more than one iteration the layer is quantised again, in
-its own storage. The adapter is then like any other, and its file says so.
+Over a weight that is quantised already, `loftq_config["original"]` names the checkpoint of the model from before, of
+which one weight is read at a time. Q is what the layer holds; with more than one iteration the layer is quantised
+again, in its own storage. The adapter is then like any other, and its file says so.
 
 Sources: Li et al., "LoftQ: LoRA-Fine-Tuning-Aware Quantization for Large Language Models", 2023; Dettmers et al.,
 "QLoRA: Efficient Finetuning of Quantized LLMs", 2023 (normal float).
@@ -21,7 +22,7 @@ Sources: Li et al., "LoftQ: LoRA-Fine-Tuning-Aware Quantization for Large Langua
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
@@ -31,8 +32,8 @@ from torch import Tensor, nn
 
 from ...base import BaseWeight, base_of
 from ...base.int8 import Int8, make_int8
-from ...files import Path
-from ...layer import AdaptedLayer, adapted_layers
+from ...integrations.transformers import QUANT_METHOD
+from ...layer import AdaptedLayer
 from ...method import Preparation
 from ...originals import OriginalWeights
 from .inits import INITS, Init, start_kaiming
@@ -66,8 +67,8 @@ def complete_loftq(config: LoraConfig) -> None:
     given = config.loftq_config
     if not given:
         raise ValueError(
-            'init_lora_weights="loftq" needs loftq_config: {"loftq_bits": 2, 4 or 8, "loftq_iter": 1}, and over quantised '
-            f'weights {{"{ORIGINAL}": the folder they were quantised from}}'
+            'init_lora_weights="loftq" needs loftq_config: {"loftq_bits": 2, 4 or 8, "loftq_iter": 1}, and over '
+            f'quantised weights {{"{ORIGINAL}": the folder that they were quantised from}}'
         )
     given = dict(given if isinstance(given, Mapping) else vars(given))
     unknown = given.keys() - {*DEFAULTS, ORIGINAL}
@@ -113,7 +114,7 @@ def int8_values(matrix: Tensor) -> Tensor:
 
 
 def normal_float_values(matrix: Tensor, bits: int) -> Tensor:
-    """`matrix` rounded to the normal float of 2 or 4 bits: blocks of 64 in row order, each over its largest magnitude."""
+    """`matrix` rounded to the normal float of 2 or 4 bits: blocks of 64 in row order, each over its largest value."""
     levels = _normal_float(bits).to(matrix.device)
     flat = matrix.float().flatten()
     blocks = nn.functional.pad(flat, (0, -len(flat) % BLOCK)).view(-1, BLOCK)
@@ -183,6 +184,12 @@ def _check_loftq(config: LoraConfig, model: nn.Module, path: str, base: type[Bas
         return
     if isinstance(layer, AdaptedLayer):
         raise ValueError("it would quantise the weight under the adapters that are on it already; wrap with it first")
+    method = getattr(model, "quantization_method", None)
+    method = getattr(method, "value", method)
+    if config.loftq_config["loftq_bits"] == 8 and method not in (None, QUANT_METHOD):
+        raise ValueError(
+            f"a model quantised by {method} cannot also have int8 layers; loftq_bits=4 keeps this one dense"
+        )
     sharing = [
         other
         for other, module in model.named_modules()
@@ -226,7 +233,7 @@ def prepare(plan: Plan, model: nn.Module) -> Preparation:
         if rounds > 1 and isinstance(layer, AdaptedLayer):
             raise ValueError(f"{path} carries adapters, and loftq_iter={rounds} would change it under them; use 1")
         s = config.scaling_of(path)
-        factors, before = _fit_to_original(originals, path, layer, config.rank_of(path), s, rounds)
+        factors, before = fit_to_original(originals, path, layer, config.rank_of(path), s, rounds)
         values[path] = dict(zip(("lora_A", "lora_B"), factors, strict=True))
         if before is not None:
             changes.append(partial(_quantise_again, originals, path, layer, s, before))
@@ -235,53 +242,7 @@ def prepare(plan: Plan, model: nn.Module) -> Preparation:
     return Preparation(plan, values, lambda: [change() for change in changes])
 
 
-def replace_lora_weights_loftq(
-    model: nn.Module,
-    model_path: Path | None = None,
-    adapter_name: str = "default",
-    callback: Callable[[nn.Module, str], bool] | None = None,
-) -> None:
-    """Give an adapter over quantised weights the values of LoftQ (one iteration, which leaves the weights alone).
-
-    Args:
-        model: a wrapped model whose layers are quantised.
-        model_path: the model's checkpoint from before; by default the folder that the model was loaded from.
-        adapter_name: the adapter.
-        callback: called with the model and a layer's path after each replacement; False takes it back.
-
-    Raises:
-        ValueError: no layer with this adapter is quantised, the adapter started from its weights (PiSSA), or there is
-            no checkpoint to read.
-        RuntimeError: adapters are merged, so that the weights are not what they are beside an adapter.
-        AdapterFileError: the checkpoint has not the weights; the adapter is unchanged.
-    """
-    found = {path: layer for path, layer in adapted_layers(model) if layer.base.quantized and adapter_name in layer.adapters}
-    if not found:
-        raise ValueError(f"no layer with an adapter called {adapter_name!r} is quantised, so there is nothing to make up")
-    units: dict[str, Any] = {path: layer.unit(adapter_name) for path, layer in found.items()}
-    merged = [path for path, layer in found.items() if layer.unmerged is not None]
-    if merged:
-        raise RuntimeError(f"an adapter is merged into {merged[0]}; unmerge_adapter() first")
-    started = [path for path, unit in units.items() if getattr(unit, "start_A", None) is not None]
-    if started:
-        raise ValueError(f"adapter {adapter_name!r} on {started[0]} started from its weight; LoftQ is another start")
-    path_of_model = model_path or getattr(model, "name_or_path", None)
-    if not path_of_model:
-        raise ValueError("model_path: the folder of the model from before it was quantised is needed")
-    originals = OriginalWeights(path_of_model, model)
-    fitted = {}
-    for path, layer in found.items():
-        r = units[path].parameters_of_factors()[0].shape[0]
-        fitted[path], _ = _fit_to_original(originals, path, layer, r, units[path].scaling, 1)
-    for path, factors in fitted.items():
-        own = units[path].parameters_of_factors()
-        before = [factor.detach().clone() for factor in own]
-        _copy(own, factors)
-        if callback is not None and not callback(model, path):
-            _copy(own, before)
-
-
-def _fit_to_original(
+def fit_to_original(
     originals: OriginalWeights, path: str, layer: Any, r: int, s: float, rounds: int
 ) -> tuple[Factors, Factors | None]:
     W = _read(originals, path, layer)
@@ -322,9 +283,3 @@ def _kind(layer: Any) -> type[BaseWeight]:
     base = base_of(layer)
     assert base is not None
     return base
-
-
-def _copy(own: Sequence[nn.Parameter], values: Sequence[Tensor]) -> None:
-    with torch.no_grad():
-        for parameter, value in zip(own, values, strict=True):
-            parameter.copy_(value)

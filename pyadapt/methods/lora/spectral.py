@@ -6,7 +6,8 @@ With W = U diag(S) V' and the first r of each, or W = Q R:
 
 The layer then computes x (W - s B0 A0)' + s x A' B', which is x W' at first. W itself is not touched: the unit keeps A0
 and B0 beside A and B, so that W loses nothing to rounding, and disabling or removing the adapter gives the base model.
-The start is worked out again from W when a file is loaded, as PEFT does.
+The start is worked out again from W when a file is loaded, as PEFT does. The fast SVD of "pissa_niter_<n>" is the same
+each time here; PEFT draws another one, so that its own files of that kind are met as nearly as n rounds converge.
 
 Over a quantised weight, W is what the quantised values stand for. The layer starts from just that: its error of
 quantisation is neither larger nor smaller than before. (QPiSSA quantises W - s B0 A0 instead; LoftQ is the way to a

@@ -19,9 +19,12 @@ from torch import Tensor, nn
 from ...base import BaseWeight
 from ...dtypes import output_dtype
 from ...layer import AdaptedLayer
+from ...lookup import parameter
 from ...method import AdapterUnit
 from ...ops import routes
 from ...ops.lora import LoraLinear
+from ...ops.lora_rows import LoraRows
+from ...rows import Rows
 from ...seed import draw_seed
 from .config import LoraConfig
 from .inits import initialize
@@ -78,6 +81,11 @@ class LoraUnit(AdapterUnit):
         self.register_buffer("start_A", None, persistent=False)
         self.register_buffer("start_B", None, persistent=False)
 
+    @classmethod
+    def needs_start(cls, config: LoraConfig) -> bool:
+        """See `AdapterUnit.needs_start`."""
+        return str(config.init_lora_weights).startswith(INITS_THAT_MOVE)
+
     def initialize(self, config: LoraConfig, path: str, base: type[BaseWeight], layer: Any) -> None:
         """See `AdapterUnit.initialize`."""
         initialize(self, config, base, layer)
@@ -120,28 +128,28 @@ class LoraUnit(AdapterUnit):
 
     def can_take(self, values: Mapping[str, Tensor], config: LoraConfig) -> bool:
         """See `AdapterUnit.can_take`; lower ranks are padded with zeros."""
-        own = {self.file_keys[name]: parameter for name, parameter in self.named_parameters()}
+        own = {self.file_keys[name]: held for name, held in self.named_parameters()}
         return (
             own.keys() == values.keys()
             and self.start_A is None
-            and not str(config.init_lora_weights).startswith(INITS_THAT_MOVE)
-            and all(self.can_pad(values[key], parameter) for key, parameter in own.items())
+            and not self.needs_start(config)
+            and all(self.can_pad(values[key], held) for key, held in own.items())
         )
 
-    def can_pad(self, value: Tensor, parameter: nn.Parameter) -> bool:
-        """Whether `value` is `parameter` of a rank that is not higher."""
-        return value.dim() == parameter.dim() and all(map(le, value.shape, parameter.shape))
+    def can_pad(self, value: Tensor, held: nn.Parameter) -> bool:
+        """Whether `value` is the parameter `held` at a rank that is not higher."""
+        return value.dim() == held.dim() and all(map(le, value.shape, held.shape))
 
     def take(self, values: Mapping[str, Tensor], config: LoraConfig, path: str) -> None:
         """See `AdapterUnit.take`; the ratio of the scalings goes into B and its bias."""
         ratio = config.scaling_of(path) / self.scaling
         _, B = self.parameters_of_factors()
-        for name, parameter in self.named_parameters():
+        for name, held in self.named_parameters():
             value = values[self.file_keys[name]]
-            parameter.zero_()
-            parameter[tuple(slice(0, size) for size in value.shape)] = value.to(parameter.dtype)
-            if parameter is B or parameter is self.lora_bias:
-                parameter.mul_(ratio)
+            held.zero_()
+            held[tuple(slice(0, size) for size in value.shape)] = value.to(held.dtype)
+            if held is B or held is self.lora_bias:
+                held.mul_(ratio)
 
     def extra_repr(self) -> str:
         """Rank, scaling and dropout, for `print(model)`."""
@@ -179,26 +187,51 @@ class LinearUnit(LoraUnit):
             return self.lora_A, self.lora_B
         return torch.cat([self.lora_A, self.start_A]), torch.cat([self.lora_B, -self.start_B], dim=1)
 
+    def is_no_more_than_factors(self) -> bool:
+        """Whether forward needs nothing but A and B."""
+        return self._buffers["start_A"] is None and parameter(self, "lora_bias") is None
+
+    @staticmethod
+    def run_by_row(rows: Rows, owner: AdaptedLayer, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """See `AdapterUnit.run_by_row`; one kernel for all rows where every unit is no more than A and B."""
+        units: Any = rows.units
+        if not all(type(unit) is LinearUnit and unit.is_no_more_than_factors() for unit in units):
+            return AdapterUnit.run_by_row(rows, owner, x, *args, **kwargs)
+        dropouts = [unit.dropout if unit.training else 0.0 for unit in units]
+        seed = draw_seed() if any(dropouts) else None
+        matrices = [unit.lora_A for unit in units] + [unit.lora_B for unit in units]
+        segments = rows.segments(x.shape[:-1].numel())
+        scalings = [unit.scaling for unit in units]
+        return LoraRows.apply(x, owner, segments, scalings, dropouts, seed, output_dtype(x), *matrices)
+
     def forward(self, x: Tensor, owner: AdaptedLayer, y: Tensor | None = None, with_bias: bool = True) -> Tensor:
         """See `AdapterUnit.forward`; without `with_bias` the layer's own bias is left out, where y is None."""
         p = self.dropout if self.training else 0.0
+        if y is None and owner.live_bias is None and self.is_no_more_than_factors():
+            A, B = parameter(self, "lora_A"), parameter(self, "lora_B")
+            seed = draw_seed() if p > 0 else None
+            return LoraLinear.apply(x, A, B, owner, self.scaling, p, seed, output_dtype(x), with_bias)
         # The start stands for a part of W, of which dropout takes nothing.
         start_apart = p > 0 and self.start_A is not None
         A, B = (self.lora_A, self.lora_B) if start_apart else self.working_factors()
+        # Before the kernel: torch.compile loses a scaling that it meets inside a Function and then outside.
+        beside: list[Tensor] = []
+        if start_apart:
+            start = F.linear(F.linear(x.to(A.dtype), cast(Tensor, self.start_A)), cast(Tensor, self.start_B))
+            beside.append(-self.scaling * start)
+        if self.lora_bias is not None:
+            beside.append(self.scaling * self.lora_bias)
         if y is None:
             seed = draw_seed() if p > 0 else None
             # A bias that is trained is added where autograd sees it.
             trained = owner.live_bias is not None
             y = LoraLinear.apply(x, A, B, owner, self.scaling, p, seed, output_dtype(x), with_bias and not trained)
             if with_bias and trained:
-                y = y + owner.bias.to(y.dtype)
+                y = y + cast(Tensor, owner.bias).to(y.dtype)
         else:
             dropped = F.dropout(x, p) if p > 0 else x
             term = F.linear(F.linear(dropped.to(A.dtype), A), B)
             y = y + (self.scaling * term).to(y.dtype)
-        if start_apart:
-            start = F.linear(F.linear(x.to(A.dtype), cast(Tensor, self.start_A)), cast(Tensor, self.start_B))
-            y = y - (self.scaling * start).to(y.dtype)
-        if self.lora_bias is not None:
-            y = y + (self.scaling * self.lora_bias).to(y.dtype)
+        for term in beside:
+            y = y + term.to(y.dtype)
         return y

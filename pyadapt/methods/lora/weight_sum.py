@@ -21,7 +21,9 @@ _GROUPED = ("grouped_mm", "_grouped_mm", "grouped_mm_fallback")
 _PRODUCTS = ("matmul", "__matmul__", "mm", "bmm", *_GROUPED)
 
 # What can be asked of W alone, since the sum has the same.
-_SAME_AS_WEIGHT = frozenset({"dtype", "device", "shape", "ndim", "dim", "size", "numel", "is_floating_point", "is_meta"})
+_SAME_AS_WEIGHT = frozenset(
+    {"dtype", "device", "shape", "ndim", "dim", "size", "numel", "is_floating_point", "is_meta"}
+)
 
 # torch's grouped_mm takes rows whose length in bytes is a multiple of this.
 _ALIGNMENT = 16
@@ -56,7 +58,7 @@ class WeightSum:
         """The sums of one expert or several; any other index is taken of the sum itself."""
         if self.ndim != 3 or not isinstance(index, (int, slice, Tensor)):
             return self.dense()[index]
-        if isinstance(index, Tensor) and index.dim() == 0 and not torch.compiler.is_compiling():
+        if isinstance(index, Tensor) and index.dim() == 0 and index.dtype != torch.bool:
             # Read once: each of the three indexings would wait for the device.
             index = int(index)
         if not isinstance(index, int):
