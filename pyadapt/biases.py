@@ -15,7 +15,7 @@ are trained whole. PEFT trains the model's own biases in place and allows one su
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -163,11 +163,9 @@ def check_biases_finite(model: nn.Module, names: Sequence[str]) -> None:
             )
 
 
-def biased_modules(root: nn.Module) -> Iterator[tuple[str, TrainedBias]]:
+def biased_modules(root: nn.Module) -> list[tuple[str, TrainedBias]]:
     """(path, module) of each module whose bias some adapter trains."""
-    for path, module in root.named_modules():
-        if isinstance(module, TrainedBias):
-            yield path, module
+    return [(path, module) for path, module in base_modules(root) if isinstance(module, TrainedBias)]
 
 
 def own_bias(layer: nn.Module) -> Tensor:

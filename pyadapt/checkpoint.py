@@ -106,7 +106,8 @@ def adapter_state_dict(
         found[key] = tensor if state_dict is None else state_dict[own_name]
     found.update(_mirrors(model, name, found))
     for key, (own_name, tensor) in stored_weights(model, name).items():
-        found.setdefault(f"{KEY_PREFIX}{key}", tensor if state_dict is None else state_dict[own_name])
+        if state_dict is None or own_name in state_dict:
+            found.setdefault(f"{KEY_PREFIX}{key}", tensor if state_dict is None else state_dict[own_name])
     return found
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -148,27 +148,28 @@ def restore_module(module: SavedModule) -> None:
     del module.copies
 
 
-def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """(path, module) of the user's own modules: the root and all but what adapters have added."""
-    added: set[nn.Module] = set()
-    for path, module in model.named_modules():
-        if module in added:
-            continue
-        if isinstance(module, LiveDict):
-            added.update(module.modules())
-            continue
-        yield path, module
+def base_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """(path, module) of the user's own modules, in the model's order: the root and all but what adapters have added."""
+    found: list[tuple[str, nn.Module]] = []
+    seen: set[nn.Module] = set()
+
+    # Not named_modules: with many adapters most modules are units, which would be visited to be passed over.
+    def visit(path: str, module: nn.Module) -> None:
+        seen.add(module)
+        found.append((path, module))
+        for name, child in module._modules.items():
+            if child is not None and child not in seen and not isinstance(child, LiveDict):
+                visit(f"{path}.{name}" if path else name, child)
+
+    visit("", model)
+    return found
 
 
-def adapted_layers(model: nn.Module) -> Iterator[tuple[str, AdaptedLayer]]:
+def adapted_layers(model: nn.Module) -> list[tuple[str, AdaptedLayer]]:
     """(path, layer) of each adapted layer, in the model's order."""
-    for path, module in model.named_modules():
-        if isinstance(module, AdaptedLayer):
-            yield path, module
+    return [(path, module) for path, module in base_modules(model) if isinstance(module, AdaptedLayer)]
 
 
-def saved_modules(model: nn.Module) -> Iterator[tuple[str, SavedModule]]:
+def saved_modules(model: nn.Module) -> list[tuple[str, SavedModule]]:
     """(path, module) of each module that some adapter trains whole."""
-    for path, module in model.named_modules():
-        if isinstance(module, SavedModule):
-            yield path, module
+    return [(path, module) for path, module in base_modules(model) if isinstance(module, SavedModule)]

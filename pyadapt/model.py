@@ -475,15 +475,16 @@ class AdaptedModel(nn.Module):
             )
         self.peft_config[name] = config
         self.adapter_state.active = self.adapter_state.active or [name]
-        self.refresh()
+        self.refresh([name])
 
-    def refresh(self) -> None:
-        """Bring the layers in line with `adapter_state`."""
+    def refresh(self, names: Sequence[str] | None = None) -> None:
+        """Bring the layers in line with `adapter_state`, and with it what is trained of the adapters `names` (or all)."""
         state = self.adapter_state
         at_work = state.merged or state.active
         attach.choose_live(self, at_work if state.enabled else (), merged=bool(state.merged))
-        for name, config in self.peft_config.items():
-            attach.set_trainable(self, name, name in state.active and not config.inference_mode)
+        for name in self.peft_config if names is None else names:
+            is_trained = name in state.active and not self.peft_config[name].inference_mode
+            attach.set_trainable(self, name, is_trained)
 
     def _names_or_all(self, names: str | Sequence[str] | None) -> list[str]:
         chosen = list(self.peft_config) if names is None else [names] if isinstance(names, str) else list(names)
