@@ -17,7 +17,7 @@ from .layer import AdaptedLayer, SavedModule, base_modules
 from .merging import MergeReport, merged_weights
 from .model import forget_adapters, is_wrapped
 from .surgery import original_class
-from .tying import TiedMerge, say_untied
+from .untying import TiedMerge, say_untied
 
 
 def export(model: nn.Module, path: Path, original: Path | None = None, **save_options: Any) -> MergeReport:

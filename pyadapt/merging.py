@@ -17,7 +17,7 @@ from .files import Path
 from .layer import AdaptedLayer, adapted_layers, base_modules, restore_layer, saved_modules
 from .method import AdapterUnit
 from .originals import OriginalWeights
-from .tying import SharedBefore, TiedMerge, say_untied
+from .untying import SharedBefore, TiedMerge, say_untied
 
 logger = logging.getLogger("pyadapt")
 

@@ -20,6 +20,7 @@ from .base import BaseWeight, base_of
 from .base.embedding import scaled_as
 from .layer import AdaptedLayer, adapted_layers, base_modules
 from .method import AdapterUnit
+from .placement import home_of
 from .tying import input_embedding
 
 OPTION = "trainable_token_indices"
@@ -47,10 +48,12 @@ class TokenUnit(AdapterUnit):
     ) -> None:
         super().__init__(config, path, base, layer, device, dtype)
         listed = ids_of(config, path)
-        self.register_buffer("ids", torch.tensor(listed, device=device), persistent=False)
+        # Parameters may be made on the meta device, to be given values; these have theirs.
+        home = home_of(layer, next(iter(base.stored(layer).values())))
         ordered = torch.tensor(listed).sort()
-        self.register_buffer("sorted_ids", ordered.values.to(device), persistent=False)
-        self.register_buffer("order", ordered.indices.to(device), persistent=False)
+        self.register_buffer("ids", torch.tensor(listed, device=home), persistent=False)
+        self.register_buffer("sorted_ids", ordered.values.to(home), persistent=False)
+        self.register_buffer("order", ordered.indices.to(home), persistent=False)
         padding = getattr(layer, "padding_idx", None)
         # The row that gets no gradient, as in the embedding itself.
         self.padding = listed.index(padding) if padding in listed else None

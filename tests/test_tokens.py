@@ -399,6 +399,24 @@ def test_a_resized_vocabulary(kind, tmp_path):
     assert_near(loaded(**batch).logits, expected, "model")
 
 
+@pytest.mark.parametrize("kind", ["llama", "tied"])
+def test_loading_in_place_of_drawing(kind, tmp_path):
+    model = wrapped(kind)
+    model.save_pretrained(tmp_path)
+    loaded = pyadapt.load(plain(kind), tmp_path, low_cpu_mem_usage=True)
+    assert torch.equal(logits(loaded, kind), logits(model, kind))
+
+
+def test_no_weighted_sum_of_rows():
+    """Rows hold values, of which there is no sum with those of others."""
+    model = wrapped("tied")
+    model.add_adapter("second", config_of("tied", [5, 9]))
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="trainable_token_indices"):
+        model.add_weighted_adapter(["default", "second"], [1.0, 1.0], "sum", combination_type="cat")
+    assert snapshot(model) == before
+
+
 def test_copies_and_renames():
     model = wrapped("tied")
     expected = logits(model, "tied")

@@ -432,6 +432,40 @@ def test_tied_compiles_in_one_piece():
     assert_near(parameter.grad, grad, "gradient")
 
 
+@pytest.mark.parametrize("options", [{}, {"modules_to_save": ["lm_head"]}], ids=["adapter", "whole"])
+def test_loading_in_place_of_drawing(options, tmp_path):
+    model = tied("tied") if not options else wrapped("tied", ["q_proj"], ensure_weight_tying=True, **options)
+    model.save_pretrained(tmp_path)
+    loaded = pyadapt.load(plain("tied"), tmp_path, low_cpu_mem_usage=True)
+    assert torch.equal(logits(loaded, "tied"), logits(model, "tied"))
+    own = "adapters" if not options else "copies"
+    of_head, of_embedding = (
+        set(map(id, getattr(layer, own)["default"].parameters()))
+        for layer in (loaded.lm_head, loaded.model.embed_tokens)
+    )
+    assert of_head == of_embedding
+
+
+def test_weighted_sum_of_tied_adapters():
+    model = tied("tied", torch.float64)
+    config = LoraConfig(target_modules=["lm_head", "q_proj"], r=3, ensure_weight_tying=True, init_lora_weights=False)
+    model.add_adapter("second", config)
+    model.add_weighted_adapter(["default", "second"], [0.5, -0.7], "sum", combination_type="cat")
+    one, other, total = (model.lm_head.adapters[name].delta() for name in ("default", "second", "sum"))
+    assert_near(total, 0.5 * one - 0.7 * other, "merged")
+    assert_near(model.model.embed_tokens.adapters["sum"].delta(), total, "merged")
+    assert model.lm_head.adapters["sum"].source == "model.embed_tokens"
+
+
+def test_saved_as_plain_lora(tmp_path):
+    """Where other layers started from their weights, the ranks of the tied pair follow theirs."""
+    model = wrapped("tied", ["embed_tokens", "q_proj"], init_lora_weights="pissa", ensure_weight_tying=True)
+    model.save_pretrained(tmp_path, as_plain_lora=True)
+    assert_near(logits(pyadapt.load(plain("tied"), tmp_path), "tied"), logits(model, "tied"), "model")
+    theirs = peft.PeftModel.from_pretrained(plain("tied"), tmp_path).eval()
+    assert_near(logits(theirs, "tied"), logits(model, "tied"), "model")
+
+
 def test_copies_scaling_and_hotswap(tmp_path):
     model = tied("tied")
     twin = copy.deepcopy(model)
