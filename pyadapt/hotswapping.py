@@ -75,7 +75,7 @@ def pad_ranks(model: AdaptedModel, rank: int) -> None:
             if not hasattr(config, "with_rank"):
                 raise ValueError(f"adapter {name!r} is a {config.peft_type}, which has no rank to pad")
             old = _units(model, name)
-            plan = make_plan(model, config.with_rank(rank, list(old)))
+            plan = make_plan(model, config.with_rank(rank, list(old)), trained=False)
             places[name] = _add_beside(model, name, plan)
             new = _units(model, places[name])
             for path, unit in old.items():

@@ -106,7 +106,7 @@ def _changes(model: nn.Module, path: str, names: Sequence[str]) -> Any:
         live = module.copy_among(names) if isinstance(module, SavedModule) else None
         if live is not None and isinstance(module, SavedModule):
             inside = module.copies[live].get_submodule(path[len(parent) + 1 :])
-            return next(id(p) for p in _own(inside).values())
+            return id(inside if base_of(inside) is None else next(iter(_own(inside).values())))
     layer = model.get_submodule(path)
     if not isinstance(layer, AdaptedLayer):
         return ()

@@ -30,7 +30,7 @@ def add_weighted(model: AdaptedModel, name: str, adapters: Sequence[str], weight
     layers = {path: layer for path, layer in adapted_layers(model) if any(a in layer.adapters for a in adapters)}
     config = method.combined_config(combination, configs, model, list(layers))
     trained_whole = _one_copy_each(model, adapters)
-    model.add_planned(make_plan(model, config), name, trainable=True)
+    model.add_planned(make_plan(model, config, trained=False), name, trainable=True)
     try:
         for layer in layers.values():
             parts = [(unit, weight) for a, weight in zip(adapters, weights, strict=True) if (unit := layer.unit(a))]

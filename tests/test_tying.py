@@ -307,6 +307,9 @@ def test_a_file_of_one_side_is_loaded_and_told(tmp_path, caplog):
     assert "The file has it so" in caplog.text
     expected = logits(model, "tied")
     assert_near(expected, logits(theirs, "tied"), "model")
+    model.pad_ranks(6)
+    assert model.hotswap_adapter(tmp_path)
+    assert_near(logits(model, "tied"), expected, "model")
     head = model.lm_head.weight.clone()
     merged = pyadapt.merge(model)
     assert_near(logits(merged, "tied"), expected, "merged")

@@ -4,9 +4,12 @@
 
 Shapes: W (N, K), weight_scale (N,) for int8 weights, A (r, K), B (N, r), z and y (M, N), c and bias (N,).
 
-The norm forms W + s B A a panel of about one megabyte at a time, in fp32: that costs the products of W A', reads W once
-and holds no second weight. Expanding the square, |W|^2 + 2 s (W A') . B + s^2 B (A A') B', costs the same but loses
-all digits where B A nearly cancels W: at |W + s B A| = |W| / 1000 the norm is off by a third, in panels by 1e-5.
+W + s B A is never formed. The square is expanded into Gram terms, which cost about the products of W A':
+
+    norm^2 = |W|^2 + 2 s (W A') . B + s^2 (B A A') . B
+
+They are summed in fp64, a panel of W at a time: where B A nearly cancels W the terms cancel too, and in fp32 the norm
+would be off by a third at |W + s B A| = |W| / 1000 (docs/kernels.md has the errors).
 (Liu et al., "DoRA: weight-decomposed low-rank adaptation", 2024.)
 """
 
@@ -17,14 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import quantize, registry  # noqa: F401 - quantize defines the op dequantize_rows
+from . import registry
 from .linear import dense
 
 _PANEL_ELEMENTS = 1 << 18
 
 
 def norm_dtype(weight: Tensor, A: Tensor) -> torch.dtype:
-    """Norms are summed in fp32, in fp64 where the weight or A has that dtype."""
+    """Norms come out in fp32, in fp64 where the weight or A has that dtype."""
     return torch.float64 if torch.float64 in (weight.dtype, A.dtype) else torch.float32
 
 
@@ -37,29 +40,35 @@ def row_norms_reference(weight: Tensor, weight_scale: Tensor | None, A: Tensor, 
 
 
 def _row_norms(weight: Tensor, weight_scale: Tensor | None, A: Tensor, B: Tensor, scaling: float) -> Tensor:
-    dtype = norm_dtype(weight, A)
-    N, K = weight.shape
-    squares = torch.zeros(N, dtype=dtype, device=weight.device)
     with torch.autocast(weight.device.type, enabled=False):
-        A, B = scaling * A.to(dtype), B.to(dtype)
-        if weight.stride(0) == 1 and K > 1:
-            # Conv1D stores W': panels are columns of W then, so that they are read as they lie.
-            width = max(1, _PANEL_ELEMENTS // max(N, 1))
-            for part in (slice(k, k + width) for k in range(0, K, width)):
-                panel = A[:, part].t() @ B.t()
-                panel += dense(weight[:, part], weight_scale, dtype).t()
-                squares += panel.square_().sum(0)
-        else:
-            height = max(1, _PANEL_ELEMENTS // max(K, 1))
-            for part in (slice(n, n + height) for n in range(0, N, height)):
-                panel = B[part] @ A
-                panel += weight[part] if weight_scale is None else _dequantized(weight[part], weight_scale[part], dtype)
-                torch.sum(panel.square_(), dim=1, out=squares[part])
-    return squares.sqrt_()
+        A64, B64 = A.double(), scaling * B.double()
+        squares, cross = _gram_terms(weight, A64)
+        if weight_scale is not None:
+            # Integers are exact; their scale is that of a whole row.
+            scale = weight_scale.double()
+            squares, cross = squares * scale.square(), cross * scale[:, None]
+        squares += torch.linalg.vecdot(2 * cross + B64 @ (A64 @ A64.t()), B64)
+        return squares.clamp_min_(0).sqrt_().to(norm_dtype(weight, A))
 
 
-def _dequantized(weight: Tensor, weight_scale: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.ops.pyadapt.dequantize_rows(weight, weight_scale, dtype)
+def _gram_terms(weight: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
+    """(|W|^2 (N,), W A' (N, r)) in the dtype of A, a panel of W at a time."""
+    N, K = weight.shape
+    squares, cross = A.new_zeros(N), A.new_zeros(N, A.shape[0])
+    if weight.stride(0) == 1 and K > 1:
+        # Conv1D stores W': panels are columns of W then, so that they are read as they lie.
+        width = max(1, _PANEL_ELEMENTS // max(N, 1))
+        for part in (slice(k, k + width) for k in range(0, K, width)):
+            panel = weight[:, part].to(A.dtype)
+            squares += torch.linalg.vecdot(panel, panel)
+            cross.addmm_(panel, A[:, part].t())
+        return squares, cross
+    height = max(1, _PANEL_ELEMENTS // max(K, 1))
+    for part in (slice(n, n + height) for n in range(0, N, height)):
+        panel = weight[part].to(A.dtype)
+        squares[part] = torch.linalg.vecdot(panel, panel)
+        torch.mm(panel, A.t(), out=cross[part])
+    return squares, cross
 
 
 registry.define(
