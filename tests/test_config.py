@@ -148,7 +148,6 @@ def test_refused(values, match):
     [
         {"use_qalora": True},
         {"layer_replication": [[0, 2]]},
-        {"layer_replication": [[0, 2]]},
     ],
     ids=str,
 )

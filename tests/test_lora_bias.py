@@ -24,7 +24,7 @@ def pair(model, **config):
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             if key.endswith("lora_bias"):
-                parameter.normal_()
+                parameter.normal_(std=0.1)
     copy_adapter_to_peft(model, twin)
     return model, twin
 
@@ -72,7 +72,7 @@ def test_several_adapters(name):
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             if key.endswith("second.lora_bias"):
-                parameter.normal_()
+                parameter.normal_(std=0.1)
     copy_adapter_to_peft(model, twin, "second")
     model.set_adapter(["default", "second"])
     twin.base_model.set_adapter(["default", "second"])
@@ -93,7 +93,7 @@ def test_merging_takes_the_scaling(name, quantised, tmp_path):
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             if key.endswith(("lora_bias", "lora_B")):
-                parameter.normal_()
+                parameter.normal_(std=0.1)
     batch = model_batch(name)
     path = next(key for key, layer in model.named_modules() if hasattr(layer, "adapters"))
     layer = model.get_submodule(path)

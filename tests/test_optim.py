@@ -25,7 +25,7 @@ OWN_NAMES = {
 }
 CASES = {
     "llama": {},
-    "gpt2": {"modules_to_save": ["wte"]},
+    "gpt2": {"modules_to_save": ["wpe"]},
     "bert": {"modules_to_save": ["classifier", "LayerNorm"]},
     "vit": {"modules_to_save": ["classifier"]},
 }
@@ -196,12 +196,13 @@ def test_further_arguments_reach_the_optimizer():
 
 
 def test_bitsandbytes_keeps_trained_embeddings_in_32_bits(monkeypatch):
-    optim = pytest.importorskip("bitsandbytes.optim", reason="waits for bitsandbytes")
+    from bitsandbytes import optim
+
     monkeypatch.setattr(optim.GlobalOptimManager, "_instance", None)
-    model, _ = wrapped_and_twin("gpt2", modules_to_save=["wte"])
+    model, _ = wrapped_and_twin("gpt2", modules_to_save=["wpe"])
     create_loraplus_optimizer(model, optim.AdamW8bit, lr=1e-3, loraplus_lr_ratio=2)
     overridden = optim.GlobalOptimManager.get_instance().module_weight_config_triple
-    copy = model.get_submodule("transformer.wte.copies.default")
+    copy = model.get_submodule("transformer.wpe.copies.default")
     assert overridden == [(copy, "weight", {"optim_bits": 32})]
 
 

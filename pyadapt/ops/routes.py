@@ -27,9 +27,12 @@ NATIVE = ("fused", "skinny")
 FORCIBLE = ("fused", "library", "reference")
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-SKINNY_ROWS = 32
-# Below this many rows a library call costs more in set-up and panels than its speed brings back.
-LIBRARY_ROWS = 64
+# Up to this many rows of x the skinny kernel is the fastest: without AVX-512, with it, and with bf16 instructions over
+# a bf16 W, which the others then need not widen.
+SKINNY_ROWS, SKINNY_ROWS_AVX512, SKINNY_ROWS_BF16 = 32, 8, 2
+# Below these sizes a library call costs more in set-up and panels than its speed brings back: elements of a bf16 W,
+# and multiplications with an int8 W, which has to be widened.
+LIBRARY_ELEMENTS, LIBRARY_PRODUCTS_INT8 = 1 << 21, 1 << 30
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,19 @@ def _library_bf16(case: Case) -> bool:
     return case.x == torch.bfloat16 and case.library_bf16 and case.can("library")
 
 
+def _is_skinny(case: Case) -> bool:
+    if case.library_bf16 and case.x == case.weight == torch.bfloat16:
+        rows = SKINNY_ROWS_BF16
+    else:
+        rows = SKINNY_ROWS_AVX512 if "avx512" in (case.isa or "") else SKINNY_ROWS
+    return case.op == "forward" and case.weight_rows and rows >= case.M
+
+
+def _is_large(case: Case) -> bool:
+    elements = case.N * case.K
+    return case.M * elements >= LIBRARY_PRODUCTS_INT8 if case.weight == torch.int8 else elements >= LIBRARY_ELEMENTS
+
+
 RULES = (
     Rule(
         "reference",
@@ -107,13 +123,13 @@ RULES = (
     ),
     Rule(
         "skinny",
-        f"forward of M <= {SKINNY_ROWS}: W is read once, unpacked",
-        lambda case: case.op == "forward" and case.M <= SKINNY_ROWS and case.weight_rows,
+        "forward of a few rows: W is read once, unpacked",
+        _is_skinny,
     ),
     Rule(
         "library",
-        f"bf16 instructions, M >= {LIBRARY_ROWS}: the library's bf16 GEMM is near the machine's peak",
-        lambda case: case.M >= LIBRARY_ROWS and _library_bf16(case),
+        "bf16 instructions, a large W: the library's bf16 GEMM is near the machine's peak",
+        lambda case: _is_large(case) and _library_bf16(case),
     ),
     Rule(
         "fused",
@@ -162,7 +178,7 @@ def native_pair(
     """
     # N and r are in B's shape, K in x's.
     shape, dtypes = (weight.shape, ()) if A is None or B is None else (B.shape, (A.dtype, B.dtype))
-    key = (x.shape, x.dtype, x.is_cpu, shape, dtypes, weight.stride(), weight.dtype, out_dtype)
+    key = (x.shape, x.dtype, x.is_cpu, shape, dtypes, weight.stride(), weight.dtype, out_dtype, native.isa())
     try:
         return _pairs[key]
     except KeyError:
