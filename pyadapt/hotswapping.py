@@ -16,13 +16,13 @@ from .method import AdapterUnit
 from .planning import Plan, make_plan
 
 if TYPE_CHECKING:
-    from .model import AdaptedModel
+    from .model.adapters import AdapterVerbs
 
 # What an adapter trains beside its units: two adapters that differ in it do not fit into each other's place.
 _BESIDE_UNITS = ("modules_to_save", "bias", "trainable_token_indices", "ensure_weight_tying")
 
 
-def hotswap(model: AdaptedModel, name: str, path: Path, strict: bool = True, **hub: str) -> bool:
+def hotswap(model: AdapterVerbs, name: str, path: Path, strict: bool = True, **hub: str) -> bool:
     """Give the adapter called `name` the weights of the adapter in `path`.
 
     Where the new weights fit into the shapes of the old ones, the parameters stay the same objects and compiled code
@@ -63,7 +63,7 @@ def _same_beside_units(old: AdapterConfig, new: AdapterConfig) -> bool:
     return type(old) is type(new) and all(getattr(old, key, None) == getattr(new, key, None) for key in _BESIDE_UNITS)
 
 
-def pad_ranks(model: AdaptedModel, rank: int) -> None:
+def pad_ranks(model: AdapterVerbs, rank: int) -> None:
     """Raise the rank of every adapter to `rank` with zeros; scalings and outputs stay.
 
     Raises:
@@ -94,13 +94,13 @@ def pad_ranks(model: AdaptedModel, rank: int) -> None:
         _take_the_place(model, name, beside)
 
 
-def _load_anew(model: AdaptedModel, name: str, read: AdapterFile) -> None:
+def _load_anew(model: AdapterVerbs, name: str, read: AdapterFile) -> None:
     beside = _add_beside(model, name, read.plan)
     checkpoint.fill_adapter(model, beside, read.tensors)
     _take_the_place(model, name, beside)
 
 
-def _add_beside(model: AdaptedModel, name: str, plan: Plan) -> str:
+def _add_beside(model: AdapterVerbs, name: str, plan: Plan) -> str:
     """Add what is to replace an adapter under a free name: if that fails, the old one is still there."""
     beside = f"{name}_next"
     while beside in model.peft_config:
@@ -109,14 +109,14 @@ def _add_beside(model: AdaptedModel, name: str, plan: Plan) -> str:
     return beside
 
 
-def _take_the_place(model: AdaptedModel, name: str, beside: str) -> None:
+def _take_the_place(model: AdapterVerbs, name: str, beside: str) -> None:
     attach.detach(model, name)
     attach.rename(model, beside, name)
     model.peft_config[name] = model.peft_config.pop(beside)
     model.refresh()
 
 
-def _units(model: AdaptedModel, name: str) -> dict[str, AdapterUnit]:
+def _units(model: AdapterVerbs, name: str) -> dict[str, AdapterUnit]:
     return {path: unit for path, layer in adapted_layers(model) if (unit := layer.unit(name)) and not unit.source}
 
 

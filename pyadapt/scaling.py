@@ -9,10 +9,10 @@ from .layer import adapted_layers
 from .tokens import TokenUnit
 
 if TYPE_CHECKING:
-    from .model import AdaptedModel
+    from .model.state import WithAdapters
 
 
-def scalings(model: AdaptedModel, names: Sequence[str]) -> dict[Any, float]:
+def scalings(model: WithAdapters, names: Sequence[str]) -> dict[Any, float]:
     """The scaling of each unit of the named adapters.
 
     Raises:
@@ -27,18 +27,18 @@ def set_scalings(values: dict[Any, float]) -> None:
         unit.scaling = value
 
 
-def rescale(model: AdaptedModel, names: Sequence[str], factor: float) -> None:
+def rescale(model: WithAdapters, names: Sequence[str], factor: float) -> None:
     """Multiply the scaling of the named adapters."""
     set_scalings({unit: value * _number(factor) for unit, value in scalings(model, names).items()})
 
 
-def set_scale(model: AdaptedModel, name: str, scale: float) -> None:
+def set_scale(model: WithAdapters, name: str, scale: float) -> None:
     """Make the scaling of an adapter `scale` times that of its configuration."""
     config: Any = model.peft_config[name]
     set_scalings({unit: _number(scale) * config.scaling_of(path) for path, unit in _units(model, [name])})
 
 
-def _units(model: AdaptedModel, names: Sequence[str]) -> Iterator[tuple[str, Any]]:
+def _units(model: WithAdapters, names: Sequence[str]) -> Iterator[tuple[str, Any]]:
     for path, layer in adapted_layers(model):
         for name in names:
             unit = layer.unit(name)

@@ -13,7 +13,7 @@ from .layer import AdaptedLayer, LiveDict, SavedModule
 from .surgery import original_class
 
 if TYPE_CHECKING:
-    from .model import AdaptedModel
+    from .model.reports import Reports
 
 # What a field holds whose value is not the same everywhere.
 IRREGULAR: Literal["irregular"] = "irregular"
@@ -74,7 +74,7 @@ class ModelStatus:
     quantization_backend: str | Literal["irregular"] | None
 
 
-def layer_status(model: AdaptedModel) -> list[LayerStatus]:
+def layer_status(model: Reports) -> list[LayerStatus]:
     """The state of each layer of `model` that carries an adapter, in the model's order."""
     state = model.adapter_state
     rows = []
@@ -96,7 +96,7 @@ def layer_status(model: AdaptedModel) -> list[LayerStatus]:
     return rows
 
 
-def model_status(model: AdaptedModel) -> ModelStatus:
+def model_status(model: Reports) -> ModelStatus:
     """The state of the whole of `model`."""
     layers = layer_status(model)
     trained, total = model.get_nb_trainable_parameters()

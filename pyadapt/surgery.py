@@ -34,20 +34,20 @@ def adopt(module: nn.Module, mixin: type[MixinT]) -> MixinT:
 
 
 def release(module: nn.Module, mixin: type[nn.Module]) -> None:
-    """Take `mixin` off again; others that were put on before or after it stay.
+    """Take `mixin`, or the mixin derived from it that was put on, off again; others before or after it stay.
 
     Raises:
         RuntimeError: the module does not carry it, or something else has changed its class since.
     """
     root, mixins = _root_and_mixins(type(module))
-    if mixin not in mixins:
+    if not any(issubclass(put_on, mixin) for put_on in mixins):
         raise RuntimeError(
             f"{type(module).__name__} cannot be taken back: its class was changed after {mixin.__name__} was put on "
             "(sharded by fully_shard?)"
         )
     cls = root
     for kept in mixins:
-        if kept is not mixin:
+        if not issubclass(kept, mixin):
             cls = _dynamic_class(kept, cls)
     module.__class__ = cls
     _rebind_hooked_forward(module)

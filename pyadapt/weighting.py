@@ -12,10 +12,10 @@ from .method import METHODS
 from .planning import make_plan
 
 if TYPE_CHECKING:
-    from .model import AdaptedModel
+    from .model.adapters import AdapterVerbs
 
 
-def add_weighted(model: AdaptedModel, name: str, adapters: Sequence[str], weights: Sequence[float], **how: Any) -> None:
+def add_weighted(model: AdapterVerbs, name: str, adapters: Sequence[str], weights: Sequence[float], **how: Any) -> None:
     """Add the adapter `name`, made of `adapters` times `weights` in the way that their method defines.
 
     Raises:
@@ -45,7 +45,7 @@ def add_weighted(model: AdaptedModel, name: str, adapters: Sequence[str], weight
         raise
 
 
-def _one_copy_each(model: AdaptedModel, adapters: Sequence[str]) -> list[tuple[Any, str]]:
+def _one_copy_each(model: AdapterVerbs, adapters: Sequence[str]) -> list[tuple[Any, str]]:
     """(module that is trained whole, the one adapter that trains it)."""
     found = []
     for path, module in saved_modules(model):

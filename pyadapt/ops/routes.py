@@ -30,9 +30,9 @@ KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Up to this many rows of x the skinny kernel is the fastest: without AVX-512, with it, and with bf16 instructions over
 # a bf16 W, which the others then need not widen.
 SKINNY_ROWS, SKINNY_ROWS_AVX512, SKINNY_ROWS_BF16 = 32, 8, 2
-# Below these sizes a library call costs more in set-up and panels than its speed brings back: elements of a bf16 W,
-# and multiplications with an int8 W, which has to be widened.
-LIBRARY_ELEMENTS, LIBRARY_PRODUCTS_INT8 = 1 << 21, 1 << 30
+# A library call's set-up and panels are worth their cost from this many multiplications on, and over a bf16 W, of which
+# nothing has to be widened, also from this many elements of W on.
+LIBRARY_PRODUCTS, LIBRARY_ELEMENTS_BF16 = 1 << 30, 1 << 21
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,8 @@ def _is_skinny(case: Case) -> bool:
 
 def _is_large(case: Case) -> bool:
     elements = case.N * case.K
-    return case.M * elements >= LIBRARY_PRODUCTS_INT8 if case.weight == torch.int8 else elements >= LIBRARY_ELEMENTS
+    many = case.M * elements >= LIBRARY_PRODUCTS
+    return many or (case.weight != torch.int8 and elements >= LIBRARY_ELEMENTS_BF16)
 
 
 RULES = (

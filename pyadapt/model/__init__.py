@@ -1,0 +1,59 @@
+"""What a wrapped model can do more, one file a subject."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypeGuard, cast
+
+from torch import nn
+
+from ..surgery import adopt, is_adopted_by
+from .calls import Calls
+from .reports import Reports
+from .saving import FileVerbs
+from .state import AdapterState, forget_adapters
+
+__all__ = ["AdaptedGenerator", "AdaptedModel", "AdapterState", "forget_adapters", "is_wrapped", "make_adapted"]
+
+
+class AdaptedModel(FileVerbs, Reports, Calls):
+    """Mixin of a wrapped model. The object, its class name and its state-dict keys stay those of the user's model."""
+
+
+class AdaptedGenerator(AdaptedModel):
+    """Mixin of a wrapped model that generates."""
+
+    def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        """The model's own `generate`; `adapter_names` as in `AdaptedModel.__call__`, one for each row of the input."""
+        generate = super().generate  # type: ignore[misc]
+        if adapter_names is None:
+            return generate(*args, **kwargs)
+        with self.mixed(adapter_names, args, kwargs):
+            return generate(*args, **kwargs)
+
+
+def is_wrapped(model: nn.Module) -> TypeGuard[AdaptedModel]:
+    """Whether `model` carries adapters of pyadapt."""
+    return is_adopted_by(model, AdaptedModel)
+
+
+def make_adapted(model: nn.Module) -> AdaptedModel:
+    """Turn a plain model into an adapted one that has no adapters yet: its weights are frozen."""
+    trained = frozenset(name for name, parameter in model.named_parameters() if parameter.requires_grad)
+    checkpointing = _is_checkpointing(model)
+    model = adopt(model, AdaptedGenerator if hasattr(model, "generate") else AdaptedModel)
+    model.peft_config = {}
+    model.adapter_state = AdapterState(trained_before=trained)
+    model._hf_peft_config_loaded = True
+    model.requires_grad_(False)
+    if checkpointing:
+        # A checkpointed block whose inputs need no gradient is skipped by backward, and nothing would train.
+        cast(Any, model).enable_input_require_grads()
+    return model
+
+
+def _is_checkpointing(model: nn.Module) -> bool:
+    """Whether transformers recomputes activations in this model (the name changed in its version 5)."""
+    names = ("is_activation_checkpointing", "is_gradient_checkpointing")
+    known = next((name for name in names if hasattr(type(model), name)), None)
+    return known is not None and bool(getattr(model, known))
