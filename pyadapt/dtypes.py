@@ -14,11 +14,13 @@ def output_dtype(x: Tensor) -> torch.dtype:
     Raises:
         TypeError: `x` is not floating, so that an output of its dtype would be truncated.
     """
-    if not x.is_floating_point():
-        raise TypeError(f"a linear layer's input has dtype {x.dtype}; a floating dtype is needed: x.float()")
-    if x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
-        return torch.get_autocast_dtype(x.device.type)
-    return x.dtype
+    dtype = x.dtype
+    if not dtype.is_floating_point:
+        raise TypeError(f"a linear layer's input has dtype {dtype}; a floating dtype is needed: x.float()")
+    device = "cpu" if x.is_cpu else x.device.type
+    if torch.is_autocast_enabled(device) and dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return dtype
 
 
 # What `adapter_dtype` of a configuration may say, beside None for the default.

@@ -80,9 +80,7 @@ def _plain_state_dict(
         for name in ("adapters", "copies")
     )
     tensors = {
-        key: tensor
-        for key, tensor in model.state_dict().items()
-        if not key.startswith(added) and not is_bias_copy(key)
+        key: tensor for key, tensor in model.state_dict().items() if not key.startswith(added) and not is_bias_copy(key)
     }
     check_biases_finite(model, names)
     tensors.update({f"{path}.bias".lstrip("."): of.bias_among(names).detach() for path, of in biased_modules(model)})

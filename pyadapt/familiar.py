@@ -14,7 +14,7 @@ from .dtypes import LIKE_BASE
 from .files import AdapterFileError, Path
 from .method import DATA_FOLLOWS
 from .model import AdaptedModel, is_wrapped
-from .status import LayerStatus, ModelStatus
+from .model.status import LayerStatus, ModelStatus
 from .wrapping import load, wrap
 
 

@@ -22,21 +22,25 @@ class LiveDict(nn.ModuleDict):
     Attributes:
         live: the entries at work.
         live_names: their names.
+        alone: `live` where that is one entry whose forward is all that is called (see `AdapterUnit.run`), else empty.
         rows: set for the length of a call whose rows each have an adapter of their own; then `live` does not count.
     """
 
     live: tuple[nn.Module, ...]
     live_names: tuple[str, ...]
+    alone: tuple[nn.Module, ...]
     rows: Rows | None
 
     def __init__(self) -> None:
         super().__init__()
-        self.live, self.live_names, self.rows = (), (), None
+        self.live, self.live_names, self.alone, self.rows = (), (), (), None
 
     def choose(self, names: Sequence[str]) -> None:
         """Let the entries called `names`, in order, be at work."""
         self.live_names = tuple(names)
         self.live = tuple(self[name] for name in names)
+        is_plain = len(self.live) == 1 and getattr(type(self.live[0]), "run", None) is AdapterUnit.run
+        self.alone = self.live if is_plain else ()
 
     def rename(self, old: str, new: str) -> None:
         """Call the entry `old`, if there is one, `new`; the order stays."""
@@ -72,6 +76,8 @@ class AdaptedLayer(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The layer's own forward with its live adapters in it."""
         adapters: Any = self._modules["adapters"]
+        if adapters.alone and adapters.rows is None:
+            return adapters.alone[0](*args, self, **kwargs)
         live: Any = adapters.live if adapters.rows is None else adapters.rows.units
         if not live:
             return super().forward(*args, **kwargs)

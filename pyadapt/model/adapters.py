@@ -6,11 +6,12 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from .. import attach, checkpoint, hotswapping, scaling, weighting
+from .. import attach, checkpoint
 from ..config import AdapterConfig, as_config
 from ..files import Path
 from ..planning import prepare
 from ..tokens import check_together
+from . import hotswapping, scaling, weighting
 from .arguments import check_only
 from .merges import MergeVerbs
 

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Sequence
 from typing import Any
 
-from .. import mixing
+from . import mixing
 from .state import WithAdapters
 
 

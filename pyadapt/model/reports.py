@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from .. import attach, status
+from .. import attach
 from ..biases import is_bias_copy
 from ..layer import saved_modules
 from ..planning import count_base_parameters, count_values
+from . import status
 from .state import WithAdapters
 
 

@@ -208,6 +208,7 @@ class LinearUnit(LoraUnit):
         """See `AdapterUnit.forward`; without `with_bias` the layer's own bias is left out, where y is None."""
         p = self.dropout if self.training else 0.0
         if y is None and owner.live_bias is None and self.is_no_more_than_factors():
+            # The usual case, in as few steps as there are: a tiny layer feels each.
             A, B = parameter(self, "lora_A"), parameter(self, "lora_B")
             seed = draw_seed() if p > 0 else None
             return LoraLinear.apply(x, A, B, owner, self.scaling, p, seed, output_dtype(x), with_bias)

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .biases import biased_modules, choose_biases
-from .layer import LiveDict, adapted_layers, saved_modules
-from .rows import Rows
+from ..biases import biased_modules, choose_biases
+from ..layer import LiveDict, adapted_layers, saved_modules
+from ..rows import Rows
 
 # The name that stands for the base model in a list of adapter names; PEFT's.
 BASE_MODEL = "__base__"

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from .layer import adapted_layers
-from .tokens import TokenUnit
+from ..layer import adapted_layers
+from ..tokens import TokenUnit
 
 if TYPE_CHECKING:
-    from .model.state import WithAdapters
+    from .state import WithAdapters
 
 
 def scalings(model: WithAdapters, names: Sequence[str]) -> dict[Any, float]:

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
-from .base import base_of
-from .layer import AdaptedLayer, LiveDict, SavedModule
-from .surgery import original_class
+from ..base import base_of
+from ..layer import AdaptedLayer, LiveDict, SavedModule
+from ..surgery import original_class
 
 if TYPE_CHECKING:
-    from .model.reports import Reports
+    from .reports import Reports
 
 # What a field holds whose value is not the same everywhere.
 IRREGULAR: Literal["irregular"] = "irregular"

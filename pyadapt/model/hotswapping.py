@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from . import attach, checkpoint
-from .checkpoint import AdapterFile
-from .config import AdapterConfig
-from .files import Path
-from .layer import adapted_layers
-from .method import AdapterUnit
-from .planning import Plan, make_plan
+from .. import attach, checkpoint
+from ..checkpoint import AdapterFile
+from ..config import AdapterConfig
+from ..files import Path
+from ..layer import adapted_layers
+from ..method import AdapterUnit
+from ..planning import Plan, make_plan
 
 if TYPE_CHECKING:
-    from .model.adapters import AdapterVerbs
+    from .adapters import AdapterVerbs
 
 # What an adapter trains beside its units: two adapters that differ in it do not fit into each other's place.
 _BESIDE_UNITS = ("modules_to_save", "bias", "trainable_token_indices", "ensure_weight_tying")

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .layer import adapted_layers, saved_modules
-from .method import METHODS
-from .planning import make_plan
+from ..layer import adapted_layers, saved_modules
+from ..method import METHODS
+from ..planning import make_plan
 
 if TYPE_CHECKING:
-    from .model.adapters import AdapterVerbs
+    from .adapters import AdapterVerbs
 
 
 def add_weighted(model: AdapterVerbs, name: str, adapters: Sequence[str], weights: Sequence[float], **how: Any) -> None:
