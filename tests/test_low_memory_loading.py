@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import pyadapt
-from pyadapt import AdapterFileError, LoraConfig
+from pyadapt import AdapterFileError, LoraConfig, attach
 
 OPTIONS = {
     "lora": {},
@@ -161,8 +161,8 @@ def test_by_the_name_of_its_base(saved, monkeypatch):
     config = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": str(base)}))
     asked = []
-    attach = pyadapt.model.attach.attach
-    monkeypatch.setattr("pyadapt.attach.attach", lambda *args: asked.append(args[-1]) or attach(*args))
+    make = attach.attach
+    monkeypatch.setattr(attach, "attach", lambda *args: asked.append(args[-1]) or make(*args))
     model = pyadapt.AutoPeftModelForCausalLM.from_pretrained(folder, low_cpu_mem_usage=True)
     assert asked[0]
     assert torch.equal(logits(model), expected)
