@@ -76,25 +76,27 @@ _DX: dict[str, Callable[..., Tensor]] = {
 }
 
 
-def _linear_forward(
+def frozen_forward(
     x: Tensor, weight: Tensor, weight_scale: Tensor | None, bias: Tensor | None, out_dtype: torch.dtype
 ) -> Tensor:
+    """y = x W' scale + bias by whichever route serves."""
     route = routes.choose("forward", x, weight, 0, out_dtype)
     return _FORWARD[route](x, weight, weight_scale, bias, out_dtype)
 
 
-def _linear_dx(g: Tensor, weight: Tensor, weight_scale: Tensor | None, x_dtype: torch.dtype) -> Tensor:
+def frozen_dx(g: Tensor, weight: Tensor, weight_scale: Tensor | None, x_dtype: torch.dtype) -> Tensor:
+    """dx = g W by whichever route serves."""
     return _DX[routes.choose("backward", g, weight, 0, x_dtype)](g, weight, weight_scale, x_dtype)
 
 
 registry.define(
     "linear_forward(Tensor x, Tensor weight, Tensor? weight_scale, Tensor? bias, ScalarType out_dtype) -> Tensor",
-    _linear_forward,
+    frozen_forward,
     fake=lambda x, weight, weight_scale, bias, out_dtype: x.new_empty((x.shape[0], weight.shape[0]), dtype=out_dtype),
 )
 registry.define(
     "linear_dx(Tensor g, Tensor weight, Tensor? weight_scale, ScalarType x_dtype) -> Tensor",
-    _linear_dx,
+    frozen_dx,
     fake=lambda g, weight, weight_scale, x_dtype: g.new_empty((g.shape[0], weight.shape[1]), dtype=x_dtype),
 )
 

@@ -22,12 +22,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from pyadapt import native
 
 from . import registry
-from .linear import FrozenOwner, compute_dtype, linear_dx_reference, linear_forward_reference
+from .linear import (
+    FrozenOwner,
+    compute_dtype,
+    frozen_dx,
+    frozen_forward,
+    linear_dx_reference,
+    linear_forward_reference,
+)
 from .philox import dropout
 from .routes import native_serves
 
@@ -222,12 +228,11 @@ def _lora_rows_forward(
     seed: Tensor | None,
     out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    frozen = torch.ops.pyadapt.linear_forward
     if not native_serves(x, x.dtype, out_dtype, *_dtypes(As, Bs)):
         with torch.autocast(x.device.type, enabled=False):
             delta, S = _low_rank(x, weight.shape[0], As, Bs, scalings, dropouts, segments, seed)
-            return (frozen(x, weight, weight_scale, bias, S.dtype) + delta).to(out_dtype), S
-    y = frozen(x, weight, weight_scale, bias, out_dtype)
+            return (frozen_forward(x, weight, weight_scale, bias, S.dtype) + delta).to(out_dtype), S
+    y = frozen_forward(x, weight, weight_scale, bias, out_dtype)
     S = x.new_empty((x.shape[0], _largest_rank(As)), dtype=torch.float32)
     threads = torch.get_num_threads()
     native.core().lora_rows_forward(x, As, Bs, segments, S, y, scalings, dropouts, seed, threads)  # type: ignore[union-attr]
@@ -248,7 +253,6 @@ def _lora_rows_backward(
     seed: Tensor | None,
     need_dx: bool,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    frozen_dx = torch.ops.pyadapt.linear_dx
     if not native_serves(x, x.dtype, g.dtype, *_dtypes(As, Bs)):
         with torch.autocast(x.device.type, enabled=False):
             low, dAs, dBs = _low_rank_backward(g, x, As, Bs, scalings, dropouts, segments, S, seed)
@@ -303,7 +307,7 @@ registry.define(
 )
 
 
-class LoraRows(torch.autograd.Function):
+class LoraRows(registry.Function):
     """A frozen linear layer with an adapter for each segment of rows, over any leading dimensions of x."""
 
     @staticmethod
@@ -327,21 +331,21 @@ class LoraRows(torch.autograd.Function):
         weight, weight_scale, bias = owner.operands()
         As, Bs = list(matrices[: len(scalings)]), list(matrices[len(scalings) :])
         rows = x.reshape(-1, x.shape[-1])
-        y, S = torch.ops.pyadapt.lora_rows_forward(
-            rows, weight, weight_scale, bias, As, Bs, scalings, dropouts, segments, seed, out_dtype
-        )
+        forward = torch.ops.pyadapt.lora_rows_forward if registry.watched(x, weight, *matrices) else _lora_rows_forward
+        y, S = forward(rows, weight, weight_scale, bias, As, Bs, scalings, dropouts, segments, seed, out_dtype)
         ctx.owner, ctx.scalings, ctx.dropouts = owner, scalings, dropouts
         ctx.save_for_backward(x, S, segments, seed, *matrices)
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
-    @once_differentiable
+    @registry.first_order
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         """The gradients of x, and of A and B of every adapter."""
         x, S, segments, seed, *matrices = ctx.saved_tensors
         weight, weight_scale, _ = ctx.owner.operands()
         need_dx = ctx.needs_input_grad[0]
-        dx, dAs, dBs = torch.ops.pyadapt.lora_rows_backward(
+        backward = torch.ops.pyadapt.lora_rows_backward if registry.watched(g, weight) else _lora_rows_backward
+        dx, dAs, dBs = backward(
             g.reshape(-1, g.shape[-1]),
             x.reshape(-1, x.shape[-1]),
             weight,
