@@ -206,12 +206,18 @@ class LinearUnit(LoraUnit):
 
     def forward(self, x: Tensor, owner: AdaptedLayer, y: Tensor | None = None, with_bias: bool = True) -> Tensor:
         """See `AdapterUnit.forward`; without `with_bias` the layer's own bias is left out, where y is None."""
+        own = self._parameters
+        A = own.get("lora_A")
+        # The usual case in as few steps as there are, for a tiny layer feels each; engines may have put A elsewhere.
+        has_more = own.get("lora_bias", A) is not None or self._buffers["start_A"] is not None
+        if A is None or has_more or y is not None or owner.live_bias is not None:
+            return self._forward_with_all(x, owner, y, with_bias)
         p = self.dropout if self.training else 0.0
-        if y is None and owner.live_bias is None and self.is_no_more_than_factors():
-            # The usual case, in as few steps as there are: a tiny layer feels each.
-            A, B = parameter(self, "lora_A"), parameter(self, "lora_B")
-            seed = draw_seed() if p > 0 else None
-            return LoraLinear.apply(x, A, B, owner, self.scaling, p, seed, output_dtype(x), with_bias)
+        seed = draw_seed() if p > 0 else None
+        return LoraLinear.apply(x, A, own["lora_B"], owner, self.scaling, p, seed, output_dtype(x), with_bias)
+
+    def _forward_with_all(self, x: Tensor, owner: AdaptedLayer, y: Tensor | None, with_bias: bool) -> Tensor:
+        p = self.dropout if self.training else 0.0
         # The start stands for a part of W, of which dropout takes nothing.
         start_apart = p > 0 and self.start_A is not None
         A, B = (self.lora_A, self.lora_B) if start_apart else self.working_factors()
