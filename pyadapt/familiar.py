@@ -19,12 +19,28 @@ from .wrapping import load, wrap
 
 
 def get_peft_model(
-    model: nn.Module, peft_config: Any, adapter_name: str = "default", autocast_adapter_dtype: bool = True
+    model: nn.Module,
+    peft_config: Any,
+    adapter_name: str = "default",
+    autocast_adapter_dtype: bool = True,
+    revision: str | None = None,
+    low_cpu_mem_usage: bool = False,
 ) -> nn.Module:
-    """`pyadapt.wrap` under PEFT's name; without `autocast_adapter_dtype` the adapter has the dtype of its weight."""
+    """`pyadapt.wrap` under PEFT's name.
+
+    Args:
+        model: any module.
+        peft_config: as in `wrap`.
+        adapter_name: what the adapter is called.
+        autocast_adapter_dtype: False gives the adapter the dtype of the weights it adapts.
+        revision: hub revision of the base model, for the adapter's file.
+        low_cpu_mem_usage: accepted; a fresh adapter has its first values here in any case.
+    """
     config = as_config(peft_config)
     if not autocast_adapter_dtype:
         config = config.replaced(adapter_dtype=LIKE_BASE)
+    if revision is not None:
+        config = config.replaced(revision=revision)
     return wrap(model, config, adapter_name, data=DATA_FOLLOWS)
 
 

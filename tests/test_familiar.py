@@ -126,3 +126,28 @@ def test_a_script_for_peft_runs(tmp_path, capsys):
     assert torch.equal(again(**batch).logits, model.eval()(**batch).logits)
     merged = model.merge_and_unload(progressbar=False)
     assert not isinstance(merged, PeftModel)
+
+
+def test_the_arguments_of_get_peft_model():
+    model = pyadapt.get_peft_model(
+        build("llama", dtype=torch.bfloat16),
+        {"peft_type": "LORA"},
+        autocast_adapter_dtype=False,
+        revision="main",
+        low_cpu_mem_usage=True,
+    )
+    assert model.active_peft_config.revision == "main"
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.bfloat16}
+
+
+def test_state_dicts_by_their_keys_in_a_file():
+    model = pyadapt.wrap(build("llama"), LoraConfig(init_lora_weights=False))
+    tensors = pyadapt.get_peft_model_state_dict(model)
+    assert all(key.startswith("base_model.model.") for key in tensors)
+    pyadapt.set_peft_model_state_dict(model, {key: 2 * value.detach() for key, value in tensors.items()})
+    again = pyadapt.get_peft_model_state_dict(model)
+    before = {key: value.clone() for key, value in again.items()}
+    key = next(iter(before))
+    with pytest.raises(pyadapt.AdapterFileError, match="missing"):
+        pyadapt.set_peft_model_state_dict(model, {name: value for name, value in before.items() if name != key})
+    assert all(torch.equal(value, before[name]) for name, value in pyadapt.get_peft_model_state_dict(model).items())

@@ -60,6 +60,22 @@ void check_output(const Tensor& tensor) {
     refuse_strides(tensor, "rows that do not overlap, because it is written to");
 }
 
+void check_two_dimensional(const Tensor& tensor) {
+    if (tensor.dims != 2) throw ValueError(std::string(tensor.name) + " is one-dimensional; wanted two dimensions");
+}
+
+void check_matrix(const Tensor& tensor, Extent rows, Extent cols) {
+    check_shape(tensor, rows, cols);
+    check_floating(tensor);
+    check_rows(tensor);
+}
+
+void check_result(const Tensor& tensor, Extent rows, Extent cols) {
+    check_shape(tensor, rows, cols);
+    check_floating(tensor);
+    check_output(tensor);
+}
+
 Dropout make_dropout(double p, const Tensor* seed) {
     if (!(p >= 0.0 && p <= 1.0)) throw ValueError("dropout_p is " + std::to_string(p) + "; it must lie in [0, 1]");
     if (p == 0.0) return Dropout{{0, 0}, 0, 1.0f};

@@ -28,6 +28,12 @@ void check_rows_or_columns(const Tensor& tensor);
 // An output: rows of unit stride that do not overlap.
 void check_output(const Tensor& tensor);
 
+void check_two_dimensional(const Tensor& tensor);
+// A floating matrix to read, in rows.
+void check_matrix(const Tensor& tensor, Extent rows, Extent cols);
+// A floating matrix to write.
+void check_result(const Tensor& tensor, Extent rows, Extent cols);
+
 // The dropout of probability p; null seed only with p = 0.
 Dropout make_dropout(double p, const Tensor* seed);
 

@@ -6,22 +6,10 @@
 #include "../core/checks.hpp"
 #include "../core/error.hpp"
 #include "dispatch.hpp"
+#include "operands.hpp"
 
 namespace pyadapt::cpu {
 namespace {
-
-// A matrix whose rows are the product's rows, and one whose columns are.
-Operand rows_of(const Tensor& t) {
-    return {t.data, t.dtype, t.strides[0], t.strides[1], t.strides[1] == 1, nullptr, nullptr};
-}
-Operand columns_of(const Tensor& t) {
-    return {t.data, t.dtype, t.strides[1], t.strides[0], t.strides[1] != 1, nullptr, nullptr};
-}
-
-Operand dropped(Operand operand, const Dropout& dropout) {
-    if (dropout.threshold) operand.dropout = &dropout;
-    return operand;
-}
 
 const float* scale_of(const Weight& weight) {
     return weight.scale ? static_cast<const float*>(weight.scale->data) : nullptr;
@@ -139,22 +127,6 @@ void check_per_output(const Weight& weight, std::int64_t N) {
         check_floating(*weight.bias);
         check_rows(*weight.bias);
     }
-}
-
-void check_matrix(const Tensor& tensor, Extent rows, Extent cols) {
-    check_shape(tensor, rows, cols);
-    check_floating(tensor);
-    check_rows(tensor);
-}
-
-void check_result(const Tensor& tensor, Extent rows, Extent cols) {
-    check_shape(tensor, rows, cols);
-    check_floating(tensor);
-    check_output(tensor);
-}
-
-void check_two_dimensional(const Tensor& tensor) {
-    if (tensor.dims != 2) throw ValueError(std::string(tensor.name) + " is one-dimensional; wanted two dimensions");
 }
 
 void check_gradients(const Tensor& g, const Tensor& x, const Adapter& adapter, const Tensor& S, const Tensor& dS,

@@ -6,6 +6,7 @@
 #include "../core/checks.hpp"
 #include "../core/error.hpp"
 #include "dispatch.hpp"
+#include "operands.hpp"
 
 namespace pyadapt::cpu {
 namespace {
@@ -58,17 +59,6 @@ std::vector<std::vector<Steps>> rows_of_adapters(const std::vector<Segment>& seg
     std::vector<std::vector<Steps>> rows(adapters);
     for (const Segment& segment : segments) rows[segment.adapter].push_back({segment.row, segment.rows});
     return rows;
-}
-
-Operand rows_of(const Tensor& t) {
-    return {t.data, t.dtype, t.strides[0], t.strides[1], t.strides[1] == 1, nullptr, nullptr};
-}
-// The transposed view of a tensor with unit stride along its rows.
-Operand columns_of(const Tensor& t) { return {t.data, t.dtype, 1, t.strides[0], false, nullptr, nullptr}; }
-
-Operand dropped(Operand operand, const Dropout& dropout) {
-    if (dropout.threshold) operand.dropout = &dropout;
-    return operand;
 }
 
 SegmentProduct product_into(const Tensor& out, const Operand& left, const Operand& right) {
@@ -124,22 +114,6 @@ std::vector<Steps> ranks_of(const std::vector<Adapter>& adapters) {
 float scaling_of(const Adapter& adapter) { return static_cast<float>(adapter.scaling); }
 
 // --- checks ---
-
-void check_two_dimensional(const Tensor& tensor) {
-    if (tensor.dims != 2) throw ValueError(std::string(tensor.name) + " is one-dimensional; wanted two dimensions");
-}
-
-void check_matrix(const Tensor& tensor, Extent rows, Extent cols) {
-    check_shape(tensor, rows, cols);
-    check_floating(tensor);
-    check_rows(tensor);
-}
-
-void check_result(const Tensor& tensor, Extent rows, Extent cols) {
-    check_shape(tensor, rows, cols);
-    check_floating(tensor);
-    check_output(tensor);
-}
 
 // The largest rank.
 std::int64_t check_adapters(const std::vector<Adapter>& adapters, std::int64_t N, std::int64_t K) {

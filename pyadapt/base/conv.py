@@ -5,17 +5,17 @@ from __future__ import annotations
 import math
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from ..surgery import original_class
-from .kind import BaseWeight, Operands, check_at_hand, register
+from .floating import Floating
+from .kind import Operands, check_at_hand, register
 
 _CLASSES = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 @register
-class Conv(BaseWeight):
+class Conv(Floating):
     """`weight` with one row an output channel: (out, in / groups * prod(kernel))."""
 
     name = "conv"
@@ -35,40 +35,13 @@ class Conv(BaseWeight):
         return layer.out_channels, layer.in_channels // layer.groups * math.prod(layer.kernel_size)
 
     @staticmethod
-    def dtype(layer: Any) -> torch.dtype:
-        """See `BaseWeight.dtype`."""
-        return layer.weight.dtype
-
-    @staticmethod
     def operands(layer: Any) -> Operands:
         """See `BaseWeight.operands`."""
         check_at_hand(layer)
         return Operands(layer.weight.flatten(1), None, layer.bias)
-
-    @staticmethod
-    def matrix(layer: Any) -> Tensor:
-        """See `BaseWeight.matrix`."""
-        weight = Conv.operands(layer).weight.detach()
-        return weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
-
-    @staticmethod
-    def assign(layer: Any, matrix: Tensor) -> None:
-        """See `BaseWeight.assign`; in place, so that tied weights stay tied."""
-        with torch.no_grad():
-            layer.weight.copy_(Conv.plain(layer, matrix)["weight"])
-
-    @staticmethod
-    def make_dense(layer: Any, matrix: Tensor) -> None:
-        """See `BaseWeight.make_dense`."""
-        Conv.assign(layer, matrix)
 
     @classmethod
     def plain(cls, layer: Any, matrix: Tensor) -> dict[str, Tensor]:
         """See `BaseWeight.plain`."""
         shape = (layer.out_channels, layer.in_channels // layer.groups, *layer.kernel_size)
         return {"weight": matrix.to(cls.dtype(layer)).view(shape)}
-
-    @staticmethod
-    def stored(layer: Any) -> dict[str, nn.Parameter]:
-        """See `BaseWeight.stored`."""
-        return {"weight": layer.weight}

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from ..surgery import original_class
-from .kind import BaseWeight, Operands, check_at_hand, register
+from .floating import Floating
+from .kind import Operands, check_at_hand, register
 
 
 @register
-class Embedding(BaseWeight):
+class Embedding(Floating):
     """`weight` (V, d): V tokens take the place of N, d features that of K."""
 
     name = "embedding"
@@ -36,37 +36,10 @@ class Embedding(BaseWeight):
         return layer.num_embeddings, layer.embedding_dim
 
     @staticmethod
-    def dtype(layer: Any) -> torch.dtype:
-        """See `BaseWeight.dtype`."""
-        return layer.weight.dtype
-
-    @staticmethod
     def operands(layer: Any) -> Operands:
         """See `BaseWeight.operands`."""
         check_at_hand(layer)
         return Operands(layer.weight, None, None)
-
-    @staticmethod
-    def matrix(layer: Any) -> Tensor:
-        """See `BaseWeight.matrix`."""
-        weight = Embedding.operands(layer).weight.detach()
-        return weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
-
-    @staticmethod
-    def assign(layer: Any, matrix: Tensor) -> None:
-        """See `BaseWeight.assign`; in place, so that tied weights stay tied."""
-        with torch.no_grad():
-            layer.weight.copy_(Embedding.plain(layer, matrix)["weight"])
-
-    @staticmethod
-    def make_dense(layer: Any, matrix: Tensor) -> None:
-        """See `BaseWeight.make_dense`."""
-        Embedding.assign(layer, matrix)
-
-    @staticmethod
-    def stored(layer: Any) -> dict[str, nn.Parameter]:
-        """See `BaseWeight.stored`."""
-        return {"weight": layer.weight}
 
 
 def scale_of(layer: Any) -> float | Tensor | None:
