@@ -76,8 +76,8 @@ class AdaptedLayer(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The layer's own forward with its live adapters in it."""
         adapters: Any = self._modules["adapters"]
-        if adapters.alone and adapters.rows is None:
-            return adapters.alone[0](*args, self, **kwargs)
+        if adapters.alone and adapters.rows is None and not kwargs:
+            return adapters.alone[0](*args, self)
         live: Any = adapters.live if adapters.rows is None else adapters.rows.units
         if not live:
             return super().forward(*args, **kwargs)

@@ -69,6 +69,9 @@ class AdapterUnit(nn.Module, abc.ABC):
     # Whether a PEFT file holds the parameters once more for a layer that follows another; it may where this is False.
     writes_mirror: ClassVar[bool] = True
 
+    # Units are compiled with their layer, never by themselves: what looks whether they were is left out of the call.
+    __call__ = nn.Module._call_impl
+
     def __init__(
         self, config: Any, path: str, base: type[BaseWeight], layer: Any, device: torch.device, dtype: torch.dtype
     ) -> None:

@@ -36,4 +36,6 @@ class Dense(Floating):
         """See `BaseWeight.operands`."""
         check_at_hand(layer)
         weight: Tensor = parameter(layer, "weight")
-        return Operands(weight.t() if is_conv1d(layer) else weight, None, parameter(layer, "bias"))
+        # Most are linear layers, of which the second question need not be asked.
+        is_rows = isinstance(layer, nn.Linear) or not is_conv1d(layer)
+        return Operands(weight if is_rows else weight.t(), None, parameter(layer, "bias"))
