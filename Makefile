@@ -40,7 +40,7 @@ $(VENV)/.made:
 # Editable, so that an edited Python file needs no new installation. The emulated instruction sets let a machine without
 # AVX-512 run that code's tests; a release is built without them.
 $(VENV)/.test: $(VENV)/.made $(SOURCES)
-	$(PIP) install --quiet --editable ".[test]" -c constraints.txt -Ccmake.define.PYADAPT_EMULATED_ISA=ON
+	$(PIP) install --quiet --editable ".[test]" -c constraints.txt --config-settings=cmake.define.PYADAPT_EMULATED_ISA=ON
 	touch $@
 
 # An environment that has the tests' packages has the quick start's too.

@@ -151,6 +151,11 @@ def merged_weights(
         units = _units(layer, names)
         if base is None or not (units or base.quantized):
             continue
+        if originals is not None and any(unit.fits_quantization for unit in units):
+            raise ValueError(
+                f"the adapter on {path} holds the error of its quantised weight (LoftQ), which the original weight lacks: "
+                "merge without `original`"
+            )
         if base.quantized and originals is not None:
             source, matrix = ORIGINAL, originals.matrix(path, layer, base)
         else:

@@ -64,6 +64,8 @@ class AdapterUnit(nn.Module, abc.ABC):
     file_aliases: ClassVar[dict[str, str]] = {}
     # Whether the layer's rows are those of the batch, so that each can have an adapter of its own.
     by_row: ClassVar[bool] = True
+    # Whether the adapter started as the answer to what quantising took from W, so that it belongs to the quantised W.
+    fits_quantization: bool = False
     # Path of the layer whose unit owns the parameters of this one, where the weights of the two layers are tied.
     source: str | None = None
     # Whether a PEFT file holds the parameters once more for a layer that follows another; it may where this is False.

@@ -435,3 +435,14 @@ def test_replacing_where_it_has_no_meaning(folder):
     model.merge_adapter()
     with pytest.raises(RuntimeError, match=r"an adapter is merged into .*; unmerge_adapter"):
         pyadapt.replace_lora_weights_loftq(model, folder)
+
+
+def test_not_merged_into_the_original_weights(folder):
+    """Those lack what A and B make up for: it would count twice."""
+    model = pyadapt.wrap(pyadapt.quantize(build("llama")), LoraConfig(**options_of(loftq={"original": folder})))
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"merge without `original`"):
+        pyadapt.merge(model, original=folder)
+    assert snapshot(model) == before
+    expected = logits(model)
+    assert_near(logits(pyadapt.merge(model)), expected, "merged")

@@ -148,6 +148,8 @@ def replace_lora_weights_loftq(
         _copy(own, factors)
         if callback is not None and not callback(model, path):
             _copy(own, before)
+        else:
+            units[path].fits_quantization = True
 
 
 def _copy(own: Sequence[nn.Parameter], values: Sequence[Tensor]) -> None:

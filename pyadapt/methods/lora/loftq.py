@@ -150,6 +150,7 @@ def _as_fp16(matrix: Tensor) -> Tensor:
 
 def _start_loftq(unit: LoraUnit, config: LoraConfig, base: type[BaseWeight], layer: Any) -> None:
     """Fit A and B; the layer changes when all units are made. Over a quantised layer they are put in by `prepare`."""
+    unit.fits_quantization = True
     if base.quantized:
         start_kaiming(unit)
         return
