@@ -153,8 +153,8 @@ def merged_weights(
             continue
         if originals is not None and any(unit.fits_quantization for unit in units):
             raise ValueError(
-                f"the adapter on {path} holds the error of its quantised weight (LoftQ), which the original weight lacks: "
-                "merge without `original`"
+                f"the adapter on {path} makes up for what quantising took from its weight (LoftQ), which the original "
+                "weight still has: merge without `original`"
             )
         if base.quantized and originals is not None:
             source, matrix = ORIGINAL, originals.matrix(path, layer, base)

@@ -90,6 +90,12 @@ class LoraUnit(AdapterUnit):
         """See `AdapterUnit.initialize`."""
         initialize(self, config, base, layer)
 
+    def start_from(self, values: Mapping[str, Tensor], layer: Any) -> None:
+        """See `AdapterUnit.start_from`."""
+        super().start_from(values, layer)
+        # A B that is not zero at first answers for what the layer has lost (LoftQ); EVA knows A alone.
+        self.fits_quantization = layer.base.quantized and "lora_B" in values
+
     def settle(self) -> None:
         """See `AdapterUnit.settle`."""
         if self.change_layer is not None:
