@@ -254,7 +254,7 @@ def _mirrors(model: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> dict
             continue
         owner: Any = model.get_submodule(unit.source)
         first = owner.unit(name)
-        suffixes = [first.file_keys[attribute] for attribute, _ in first.named_parameters(recurse=False)]
+        suffixes = list(first.by_file_key())
         values = unit.mirrored({suffix: tensors[f"{KEY_PREFIX}{unit.source}.{suffix}"] for suffix in suffixes})
         found.update({f"{KEY_PREFIX}{path}.{suffix}": value.contiguous() for suffix, value in values.items()})
     return found

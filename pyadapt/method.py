@@ -162,6 +162,10 @@ class AdapterUnit(nn.Module, abc.ABC):
 
         return rows.split(answer, x)
 
+    def by_file_key(self) -> dict[str, nn.Parameter]:
+        """The parameters by what follows the layer's path in a PEFT file."""
+        return {self.file_keys[name]: parameter for name, parameter in self.named_parameters(recurse=False)}
+
     def can_take(self, values: Mapping[str, Tensor], config: Any) -> bool:
         """Whether `take` can put another adapter's values into these parameters as they are.
 
@@ -169,13 +173,13 @@ class AdapterUnit(nn.Module, abc.ABC):
             values: by what follows the layer's path in a PEFT file.
             config: that adapter's configuration.
         """
-        own = {self.file_keys[name]: parameter.shape for name, parameter in self.named_parameters()}
+        own = {key: parameter.shape for key, parameter in self.by_file_key().items()}
         return own == {key: value.shape for key, value in values.items()}
 
     def take(self, values: Mapping[str, Tensor], config: Any, path: str) -> None:
         """Take over another adapter's values for the layer at `path`, in place."""
-        for name, parameter in self.named_parameters():
-            parameter.copy_(values[self.file_keys[name]])
+        for key, parameter in self.by_file_key().items():
+            parameter.copy_(values[key])
 
     def folding(self, matrix: Tensor, bias: Tensor | None) -> Fold:
         """What folds this adapter in after others; `matrix` and `bias` are the layer's own, before any is."""

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from ..ops import quantize  # noqa: F401 - defines the op dequantize_rows
 from ..surgery import make_plain
+from .int8 import error_of_rows
 from .kind import BaseWeight, Operands, check_at_hand, register
 
 # What the classes of bitsandbytes, and transformers on them, set on a layer beside what a linear layer has.
@@ -171,9 +172,7 @@ class BitsandbytesInt8(Bitsandbytes):
     @staticmethod
     def quantization_error(layer: Any) -> float:
         """See `BaseWeight.quantization_error`; estimated: rounding is uniform, scale / sqrt(12) an element."""
-        squares = (_SCB(layer) / 127).double().square()
-        mass = (layer.weight.to(torch.float32).square().sum(1).double() * squares).sum()
-        return 0.0 if mass == 0 else math.sqrt(float(squares.sum() * layer.weight.shape[1] / 12 / mass))
+        return error_of_rows(layer.weight, _SCB(layer) / 127)
 
 
 @register

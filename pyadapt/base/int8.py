@@ -111,9 +111,14 @@ class Int8(BaseWeight):
     @staticmethod
     def quantization_error(layer: Any) -> float:
         """See `BaseWeight.quantization_error`; estimated: rounding is uniform, scale / sqrt(12) an element."""
-        squares = layer.weight_scale.view(torch.float32).double().square()
-        mass = (layer.weight.to(torch.float32).square().sum(1).double() * squares).sum()
-        return 0.0 if mass == 0 else math.sqrt(float(squares.sum() * layer.weight.shape[1] / 12 / mass))
+        return error_of_rows(layer.weight, layer.weight_scale.view(torch.float32))
+
+
+def error_of_rows(weight: Tensor, scale: Tensor) -> float:
+    """The relative error (Frobenius norm) to be expected of an int8 weight (N, K) with one scale a row, (N,)."""
+    squares = scale.double().square()
+    mass = (weight.to(torch.float32).square().sum(1).double() * squares).sum()
+    return 0.0 if mass == 0 else math.sqrt(float(squares.sum() * weight.shape[1] / 12 / mass))
 
 
 def make_int8(layer: Any) -> None:

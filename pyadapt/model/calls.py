@@ -34,5 +34,4 @@ class Calls(WithAdapters):
         self.check_names([name for name in dict.fromkeys(names) if name != mixing.BASE_MODEL], allow_none=True)
         self.check_not_merged("choose adapters by row")
         mixing.check_batch(names, args, kwargs)
-        mixing.check_mixable(self, names)
         return mixing.mixed(self, names)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from .. import attach, checkpoint
 from ..checkpoint import AdapterFile
@@ -79,11 +78,11 @@ def pad_ranks(model: AdapterVerbs, rank: int) -> None:
             places[name] = _add_beside(model, name, plan)
             new = _units(model, places[name])
             for path, unit in old.items():
-                if not new[path].can_take(_values(unit), config):
-                    had = {key: tuple(value.shape) for key, value in _values(unit).items()}
+                if not new[path].can_take(unit.by_file_key(), config):
+                    had = {key: tuple(value.shape) for key, value in unit.by_file_key().items()}
                     raise ValueError(f"adapter {name!r} on {path} cannot be padded to rank {rank}: it has {had}")
                 with torch.no_grad():
-                    new[path].take(_values(unit), config, path)
+                    new[path].take(unit.by_file_key(), config, path)
             own = checkpoint.adapter_state_dict(model, name)
             checkpoint.fill_adapter(model, places[name], AdapterFile(plan, own).beside_units())
     except BaseException:
@@ -118,7 +117,3 @@ def _take_the_place(model: AdapterVerbs, name: str, beside: str) -> None:
 
 def _units(model: AdapterVerbs, name: str) -> dict[str, AdapterUnit]:
     return {path: unit for path, layer in adapted_layers(model) if (unit := layer.unit(name)) and not unit.source}
-
-
-def _values(unit: AdapterUnit) -> dict[str, Tensor]:
-    return {unit.file_keys[name]: parameter for name, parameter in unit.named_parameters()}

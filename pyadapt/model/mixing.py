@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..biases import biased_modules, choose_biases
-from ..layer import LiveDict, adapted_layers, saved_modules
+from ..biases import TrainedBias
+from ..layer import AdaptedLayer, LiveDict, SavedModule, base_modules
 from ..rows import Rows
 
 # The name that stands for the base model in a list of adapter names; PEFT's.
@@ -18,21 +18,26 @@ BASE_MODEL = "__base__"
 
 @contextlib.contextmanager
 def mixed(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
-    """Inside the block, row i of each batch is answered with the adapter `names[i]`."""
-    chosen: list[LiveDict] = []
-    biases = [(module, module.live_bias) for _, module in biased_modules(model)]
+    """Inside the block, row i of each batch is answered with the adapter `names[i]`.
+
+    Raises:
+        ValueError: an adapter that cannot be chosen by row, with the layer that cannot; nothing is changed.
+    """
+    # One walk for all of it: this is done at each call of the model.
+    modules = base_modules(model)
+    _check_mixable(modules, names)
+    biases = [(module, module.live_bias) for _, module in modules if isinstance(module, TrainedBias)]
+    carriers = [module.adapters for _, module in modules if isinstance(module, AdaptedLayer)]
+    carriers += [module.copies for _, module in modules if isinstance(module, SavedModule)]
     try:
-        # No row has a bias of its own, whatever is at work otherwise: see `check_mixable`.
-        choose_biases(model, ())
-        for _, layer in adapted_layers(model):
-            layer.adapters.rows = _rows(layer.adapters, names)
-            chosen.append(layer.adapters)
-        for _, module in saved_modules(model):
-            module.copies.rows = _rows(module.copies, names)
-            chosen.append(module.copies)
+        # No row has a bias of its own, whatever is at work otherwise: see `_check_mixable`.
+        for biased, _ in biases:
+            biased.live_bias = None
+        for entries in carriers:
+            entries.rows = _rows(entries, names)
         yield
     finally:
-        for entries in chosen:
+        for entries in carriers:
             entries.rows = None
         for biased, live in biases:
             biased.live_bias = live
@@ -49,24 +54,17 @@ def check_batch(names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, 
         raise ValueError(f"adapter_names has {len(names)} names, but the batch has {tensors[0].shape[0]} rows")
 
 
-def check_mixable(model: nn.Module, names: Sequence[str]) -> None:
-    """Refuse adapters that cannot be chosen by row.
-
-    Raises:
-        ValueError: so it is, with the layer that cannot.
-    """
-    for path, module in biased_modules(model):
-        for name in names:
-            if module.copy_among([name]) is not None:
+def _check_mixable(modules: Sequence[tuple[str, nn.Module]], names: Sequence[str]) -> None:
+    for path, module in modules:
+        for name in dict.fromkeys(names):
+            if isinstance(module, TrainedBias) and module.copy_among([name]) is not None:
                 raise ValueError(
                     f"adapter {name!r} cannot be chosen by row: it trains the bias of {path}, which all rows share"
                 )
-    for path, layer in adapted_layers(model):
-        for name in set(names) & set(layer.adapters):
-            unit = layer.unit(name)
+            unit = module.unit(name) if isinstance(module, AdaptedLayer) else None
             if unit is not None and not unit.by_row:
                 raise ValueError(
-                    f"adapter {name!r} cannot be chosen by row: {path} ({type(layer).__name__}) mixes the batch's rows"
+                    f"adapter {name!r} cannot be chosen by row: {path} ({type(module).__name__}) mixes the batch's rows"
                 )
 
 

@@ -17,7 +17,7 @@ gradients.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -178,12 +178,12 @@ def lora_rows_forward_reference(
     segments: Tensor,
     seed: Tensor | None,
     out_dtype: torch.dtype,
+    frozen: Callable[..., Tensor] = linear_forward_reference,
 ) -> tuple[Tensor, Tensor]:
-    """(y, S) in plain torch."""
+    """(y, S) in plain torch, the frozen product by ``frozen``."""
     with torch.autocast(x.device.type, enabled=False):
         delta, S = _low_rank(x, weight.shape[0], As, Bs, scalings, dropouts, segments, seed)
-        y = linear_forward_reference(x, weight, weight_scale, bias, S.dtype)
-        return (y + delta).to(out_dtype), S
+        return (frozen(x, weight, weight_scale, bias, S.dtype) + delta).to(out_dtype), S
 
 
 def lora_rows_backward_reference(
@@ -199,13 +199,14 @@ def lora_rows_backward_reference(
     S: Tensor,
     seed: Tensor | None,
     need_dx: bool,
+    frozen: Callable[..., Tensor] = linear_dx_reference,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """(dx, dA, dB) in plain torch; dx is empty when it is not asked for."""
+    """(dx, dA, dB) in plain torch, g W by ``frozen``; dx is empty when it is not asked for."""
     with torch.autocast(x.device.type, enabled=False):
         low, dAs, dBs = _low_rank_backward(g, x, As, Bs, scalings, dropouts, segments, S, seed)
         if not need_dx:
             return x.new_empty(0), dAs, dBs
-        return (linear_dx_reference(g, weight, weight_scale, low.dtype) + low).to(x.dtype), dAs, dBs
+        return (frozen(g, weight, weight_scale, low.dtype) + low).to(x.dtype), dAs, dBs
 
 
 # --- ops: the frozen product by whichever route serves it, the low-rank passes native or plain ---
@@ -229,9 +230,9 @@ def _lora_rows_forward(
     out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     if not native_serves(x, x.dtype, out_dtype, *_dtypes(As, Bs)):
-        with torch.autocast(x.device.type, enabled=False):
-            delta, S = _low_rank(x, weight.shape[0], As, Bs, scalings, dropouts, segments, seed)
-            return (frozen_forward(x, weight, weight_scale, bias, S.dtype) + delta).to(out_dtype), S
+        return lora_rows_forward_reference(
+            x, weight, weight_scale, bias, As, Bs, scalings, dropouts, segments, seed, out_dtype, frozen_forward
+        )
     y = frozen_forward(x, weight, weight_scale, bias, out_dtype)
     S = x.new_empty((x.shape[0], _largest_rank(As)), dtype=torch.float32)
     threads = torch.get_num_threads()
@@ -254,10 +255,9 @@ def _lora_rows_backward(
     need_dx: bool,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     if not native_serves(x, x.dtype, g.dtype, *_dtypes(As, Bs)):
-        with torch.autocast(x.device.type, enabled=False):
-            low, dAs, dBs = _low_rank_backward(g, x, As, Bs, scalings, dropouts, segments, S, seed)
-            dx = (frozen_dx(g, weight, weight_scale, low.dtype) + low).to(x.dtype) if need_dx else x.new_empty(0)
-            return dx, dAs, dBs
+        return lora_rows_backward_reference(
+            g, x, weight, weight_scale, As, Bs, scalings, dropouts, segments, S, seed, need_dx, frozen_dx
+        )
     dx = frozen_dx(g, weight, weight_scale, x.dtype) if need_dx else x.new_empty(0)
     dAs, dBs = [_empty_like(A) for A in As], [_empty_like(B) for B in Bs]
     native.core().lora_rows_backward(  # type: ignore[union-attr]

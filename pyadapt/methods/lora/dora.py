@@ -87,9 +87,7 @@ class DoraUnit(LoraUnit):
 
     def norm(self, weight: Tensor, weight_scale: Tensor | None) -> Tensor:
         """|W + s B A| by output feature, (N,), for a weight and its scale as in `Operands`."""
-        A, B = self.factors()
-        if self.start_A is not None and self.start_B is not None:
-            A, B = torch.cat([A, self.start_A]), torch.cat([B, -self.start_B], dim=1)
+        A, B = self.with_start(*self.factors())
         with torch.no_grad():
             return torch.ops.pyadapt.row_norms(weight, weight_scale, A, B, self.scaling)
 

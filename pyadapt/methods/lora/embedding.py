@@ -26,10 +26,7 @@ from .unit import LoraUnit, adapts
 class EmbeddingUnit(LoraUnit):
     """LoRA on y = W[ids]."""
 
-    file_keys: ClassVar[dict[str, str]] = {
-        "lora_embedding_A": "lora_embedding_A",
-        "lora_embedding_B": "lora_embedding_B",
-    }
+    file_keys: ClassVar[dict[str, str]] = TiedHeadUnit.file_keys
     lora_embedding_A: nn.Parameter
     lora_embedding_B: nn.Parameter
 
@@ -42,8 +39,7 @@ class EmbeddingUnit(LoraUnit):
         """
         if config.lora_bias:
             raise ValueError("lora_bias: B of an embedding has no bias; leave the layer out, or lora_bias=False")
-        r, (vocabulary, features) = config.rank_of(path), base.shape(layer)
-        return {"lora_embedding_A": (r, vocabulary), "lora_embedding_B": (features, r)}
+        return TiedHeadUnit.shapes(config, path, base, layer)
 
     @classmethod
     def follower(cls, form: str) -> type[AdapterUnit]:

@@ -186,7 +186,7 @@ class ExpertsUnit(LoraUnit):
 
     def can_take(self, values: Mapping[str, Tensor], config: LoraConfig) -> bool:
         """See `AdapterUnit.can_take`; lower ranks are padded with zeros, expert by expert."""
-        if values.keys() != {self.file_keys[attribute] for attribute, _ in self.named_parameters()}:
+        if values.keys() != self.by_file_key().keys():
             return False
         for name in self.prefixes:
             (A, B), (new_A, new_B) = self.pair(name), self._among(values, name)

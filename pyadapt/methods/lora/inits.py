@@ -33,11 +33,13 @@ class Init(NamedTuple):
         check: asked of each linear layer before anything is changed. An init that has one is for linear layers alone;
             embeddings then start by their own rule, as in PEFT.
         complete: asked when a configuration is made.
+        moves: whether B A is not zero at first, so that an adapter is more than its A and B.
     """
 
     start: Start
     check: Check | None = None
     complete: Complete | None = None
+    moves: bool = False
 
 
 def complete_options(config: LoraConfig) -> None:
@@ -54,6 +56,11 @@ def complete_options(config: LoraConfig) -> None:
     complete = INITS[_key(config)].complete
     if complete is not None:
         complete(config)
+
+
+def start_moves(config: LoraConfig) -> bool:
+    """Whether an adapter of this configuration starts with more than its A and B (see `Init.moves`)."""
+    return INITS[_key(config)].moves
 
 
 def check_start(config: LoraConfig, model: nn.Module, paths: list[str]) -> None:

@@ -200,7 +200,7 @@ def _check_loftq(config: LoraConfig, model: nn.Module, path: str, base: type[Bas
         raise ValueError(f"it would quantise the weight of {', '.join(sharing)}, which is the same; leave this one out")
 
 
-INITS["loftq"] = Init(_start_loftq, _check_loftq, complete_loftq)
+INITS["loftq"] = Init(_start_loftq, _check_loftq, complete_loftq, moves=True)
 
 
 # --- over quantised weights -------------------------------------------------------------------------------------------

@@ -99,6 +99,6 @@ def _start_from(unit: LoraUnit, A: Tensor, B: Tensor) -> None:
     unit.start_A, unit.start_B = own_A.detach().clone(), own_B.detach().clone()
 
 
-INITS["pissa"] = Init(_start_pissa, check_weight_and_scaling)
-INITS["pissa_niter_<n>"] = Init(_start_pissa, check_weight_and_scaling)
-INITS["olora"] = Init(_start_olora, check_weight)
+INITS["pissa"] = Init(_start_pissa, check_weight_and_scaling, moves=True)
+INITS["pissa_niter_<n>"] = Init(_start_pissa, check_weight_and_scaling, moves=True)
+INITS["olora"] = Init(_start_olora, check_weight, moves=True)

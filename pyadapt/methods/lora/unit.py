@@ -27,13 +27,10 @@ from ...ops.lora_rows import LoraRows
 from ...rows import Rows
 from ...seed import draw_seed
 from .config import LoraConfig
-from .inits import initialize
+from .inits import initialize, start_moves
 
 # (form of a layer, whether DoRA) -> the unit that serves it. A file of this package adds its own with `@adapts`.
 UNITS: dict[tuple[str, bool], type[LoraUnit]] = {}
-
-# Initialisations after which B A is not zero at first, so that an adapter is more than its A and B.
-INITS_THAT_MOVE = ("pissa", "olora", "loftq")
 
 UnitT = TypeVar("UnitT", bound="type[LoraUnit]")
 
@@ -84,7 +81,7 @@ class LoraUnit(AdapterUnit):
     @classmethod
     def needs_start(cls, config: LoraConfig) -> bool:
         """See `AdapterUnit.needs_start`."""
-        return str(config.init_lora_weights).startswith(INITS_THAT_MOVE)
+        return start_moves(config)
 
     def initialize(self, config: LoraConfig, path: str, base: type[BaseWeight], layer: Any) -> None:
         """See `AdapterUnit.initialize`."""
@@ -111,6 +108,12 @@ class LoraUnit(AdapterUnit):
         A, B = self.parameters_of_factors()
         return A.flatten(1), B.flatten(1)
 
+    def with_start(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        """A and B, with those of the start, if any, beside them: B negated, so that their product is taken off."""
+        if self.start_A is None or self.start_B is None:
+            return A, B
+        return torch.cat([A, self.start_A]), torch.cat([B, -self.start_B], dim=1)
+
     def delta(self) -> Tensor:
         """s B A, less what it was at the start where that is not zero; fp32, or fp64 for an fp64 adapter."""
         A, B = self.factors()
@@ -134,7 +137,7 @@ class LoraUnit(AdapterUnit):
 
     def can_take(self, values: Mapping[str, Tensor], config: LoraConfig) -> bool:
         """See `AdapterUnit.can_take`; lower ranks are padded with zeros."""
-        own = {self.file_keys[name]: held for name, held in self.named_parameters()}
+        own = self.by_file_key()
         return (
             own.keys() == values.keys()
             and self.start_A is None
@@ -150,8 +153,8 @@ class LoraUnit(AdapterUnit):
         """See `AdapterUnit.take`; the ratio of the scalings goes into B and its bias."""
         ratio = config.scaling_of(path) / self.scaling
         _, B = self.parameters_of_factors()
-        for name, held in self.named_parameters():
-            value = values[self.file_keys[name]]
+        for key, held in self.by_file_key().items():
+            value = values[key]
             held.zero_()
             held[tuple(slice(0, size) for size in value.shape)] = value.to(held.dtype)
             if held is B or held is self.lora_bias:
@@ -187,12 +190,6 @@ class LinearUnit(LoraUnit):
         """See `LoraUnit.parameters_of_factors`."""
         return self.lora_A, self.lora_B
 
-    def working_factors(self) -> tuple[Tensor, Tensor]:
-        """The A and B that forward uses: those of the start, if any, run beside the trained ones with B negated."""
-        if self.start_A is None or self.start_B is None:
-            return self.lora_A, self.lora_B
-        return torch.cat([self.lora_A, self.start_A]), torch.cat([self.lora_B, -self.start_B], dim=1)
-
     def is_no_more_than_factors(self) -> bool:
         """Whether forward needs nothing but A and B."""
         return self._buffers["start_A"] is None and parameter(self, "lora_bias") is None
@@ -226,7 +223,7 @@ class LinearUnit(LoraUnit):
         p = self.dropout if self.training else 0.0
         # The start stands for a part of W, of which dropout takes nothing.
         start_apart = p > 0 and self.start_A is not None
-        A, B = (self.lora_A, self.lora_B) if start_apart else self.working_factors()
+        A, B = (self.lora_A, self.lora_B) if start_apart else self.with_start(self.lora_A, self.lora_B)
         # Before the kernel: torch.compile loses a scaling that it meets inside a Function and then outside.
         beside: list[Tensor] = []
         if start_apart:

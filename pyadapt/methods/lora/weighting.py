@@ -91,12 +91,9 @@ def combine(
 
 def _factors(unit: LoraUnit, combination: Combination) -> tuple[Tensor, Tensor]:
     """A and B of a unit; with those it started from beside them where that was not zero (PiSSA)."""
-    A, B = unit.parameters_of_factors()
-    if unit.start_A is None or unit.start_B is None:
-        return A, B
-    if not (combination.over_deltas or combination.combination_type == "cat"):
+    if unit.start_A is not None and not (combination.over_deltas or combination.combination_type == "cat"):
         raise ValueError(
             f"combination_type={combination.combination_type!r} adds factors element by element, which means "
             "nothing for an adapter that started from the weight itself (PiSSA, OLoRA); use 'cat' or 'svd'"
         )
-    return torch.cat([A, unit.start_A]), torch.cat([B, -unit.start_B], dim=1)
+    return unit.with_start(*unit.parameters_of_factors())
