@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 import pytest
 
@@ -25,3 +26,10 @@ def _seed():
     import torch
 
     torch.manual_seed(1234)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    """No test finds code that an earlier one has compiled: a limit on recompilation counts it."""
+    if "torch._dynamo" in sys.modules:
+        sys.modules["torch._dynamo"].reset()

@@ -15,14 +15,6 @@ from pyadapt import LoraConfig
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(autouse=True)
-def _fresh():
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    yield
-    torch._dynamo.reset()
-
-
 def wrapped(quantised=False, **config):
     model = build("llama")
     if quantised:

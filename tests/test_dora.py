@@ -504,7 +504,6 @@ def test_kept_norms_stay_out_of_copies_and_files():
 def test_compiled_whole():
     model, _ = pair(plain_module(), target_modules=["0", "2"])
     x = torch.randn(4, 7)
-    torch._dynamo.reset()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     for training in (False, True):
         model.train(training)

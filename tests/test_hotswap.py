@@ -76,7 +76,6 @@ def test_a_compiled_model_is_not_compiled_again(tmp_path):
     expected = saved(tmp_path, r=2, lora_alpha=7)
     model = at_work()
     batch = model_batch("llama")
-    torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, backend=counter, fullgraph=True)
     with torch.no_grad():
@@ -85,7 +84,6 @@ def test_a_compiled_model_is_not_compiled_again(tmp_path):
         pyadapt.hotswap_adapter(compiled, tmp_path, adapter_name="default")
         assert_near(compiled(**batch).logits, expected, "model")
     assert counter.frame_count == compiled_once
-    torch._dynamo.reset()
 
 
 def test_padding_makes_room(tmp_path):

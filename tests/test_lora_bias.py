@@ -115,7 +115,6 @@ def test_compiled_with_another_scaling(options):
     """The scaling then becomes a number that the graph takes as an input, used in the kernel and beside it."""
     model = plain_module()
     pyadapt.wrap(model, LoraConfig(lora_bias=True, target_modules=["0"], r=3, **options)).train()
-    torch._dynamo.reset()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     x = torch.randn(4, 7)
     for factor in (1.0, 1.25, 1.5):

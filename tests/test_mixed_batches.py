@@ -161,14 +161,12 @@ def test_the_state_is_as_before_also_after_an_error():
 
 
 def test_compiled_whole():
-    torch._dynamo.reset()
     model = wrapped()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     batch = rows_of("llama", NAMES)
     for names in (["first", "second", "third"], ["third", "first", "second"]):
         with torch.no_grad():
             assert_near(compiled(**batch, adapter_names=names).logits, one_by_one(model, batch, names), "model")
-    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize(

@@ -165,6 +165,5 @@ def test_compiles_whole(backend):
         return torch.autograd.grad(run(x).square().sum(), [x, *trained])
 
     eager = gradients(model)
-    torch._dynamo.reset()
     for value, exact in zip(gradients(torch.compile(model, fullgraph=True, backend=backend)), eager, strict=True):
         assert_close(value, exact, "product", torch.float32)

@@ -275,7 +275,6 @@ def test_compiles_whole_and_a_new_assignment_does_not_recompile(backend):
     layer = Adapted(10, 12)
     trained = [p for p in layer.parameters() if p.requires_grad]
     x = torch.randn(6, 10, requires_grad=True)
-    torch._dynamo.reset()
     compiled = torch.compile(layer, fullgraph=True, backend=backend)
 
     def gradients(run, segments):
