@@ -1,6 +1,5 @@
-// What Python sees of the core: pyadapt._native. A tensor comes as it is and is read through the DLPack table of its type,
-// or as a capsule, which is left to its own destructor; every check is made before memory is touched, and computing
-// releases the GIL.
+// What Python sees of the core and the CPU kernels: pyadapt._native. Every check is made before memory is touched, and
+// computing releases the GIL.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -11,104 +10,22 @@
 #include <vector>
 
 #include "core/checks.hpp"
-#include "core/dlpack.hpp"
 #include "core/error.hpp"
 #include "cpu/dispatch.hpp"
 #include "cpu/int8.hpp"
 #include "cpu/layer.hpp"
 #include "cpu/lora_rows.hpp"
-
-namespace py = pybind11;
+#include "python/tensors.hpp"
 
 namespace pyadapt {
 namespace {
 
-// The exchange table of a tensor type; null where it has none (torch before 2.10). It lives as long as the process.
-const dlpack::Exchange* exchange_of(PyTypeObject* type) {
-    struct Known {
-        PyTypeObject* type;
-        const dlpack::Exchange* table;
-    };
-    static Known known[8];  // torch.Tensor, Parameter and few more; each is kept, so that no other type takes its address
-    static std::size_t count = 0;
-    for (std::size_t i = 0; i < count; ++i)
-        if (known[i].type == type) return known[i].table;
-    const dlpack::Exchange* table = nullptr;
-    if (PyObject* capsule = PyObject_GetAttrString(reinterpret_cast<PyObject*>(type), "__dlpack_c_exchange_api__")) {
-        table = static_cast<const dlpack::Exchange*>(PyCapsule_GetPointer(capsule, "dlpack_exchange_api"));
-        Py_DECREF(capsule);
-    }
-    PyErr_Clear();
-    while (table && table->major > dlpack::exchange_major) table = table->previous;
-    if (table && (table->major != dlpack::exchange_major || !table->view)) table = nullptr;
-    if (count < std::size(known)) {
-        Py_INCREF(type);
-        known[count++] = {type, table};
-    }
-    return table;
-}
-
-// A view of a tensor, good while both the tensor and `capsule` live.
-struct Source {
-    dlpack::View view;
-    py::object capsule;  // torch's own, of a tensor whose type has no exchange table
-};
-
-bool is_capsule(py::handle object) { return PyCapsule_IsValid(object.ptr(), "dltensor"); }
-
-dlpack::View view_in(py::handle capsule) {
-    return static_cast<dlpack::Managed*>(PyCapsule_GetPointer(capsule.ptr(), "dltensor"))->tensor;
-}
-
-Source source(py::handle object, const char* name) try {
-    Source found;
-    if (is_capsule(object)) {
-        found.view = view_in(object);
-    } else if (const dlpack::Exchange* exchange = exchange_of(Py_TYPE(object.ptr()))) {
-        if (exchange->view(object.ptr(), &found.view)) throw py::error_already_set();
-    } else if (py::hasattr(object, "__dlpack__")) {
-        found.capsule = py::module_::import("torch.utils.dlpack").attr("to_dlpack")(object);
-        found.view = view_in(found.capsule);
-    } else {
-        throw TypeError(std::string(name) + " is a " + Py_TYPE(object.ptr())->tp_name +
-                        "; wanted a tensor or an unused DLPack capsule");
-    }
-    return found;
-} catch (const py::error_already_set& error) {
-    // torch has no view of a meta, sparse or otherwise special tensor.
-    const std::string said = error.what();
-    throw ValueError(std::string(name) + " cannot be read as plain memory (" + said.substr(0, said.find('\n')) +
-                     "); wanted a dense tensor on the CPU");
-}
-
-Tensor tensor(py::handle object, const char* name) { return dlpack::import_tensor(source(object, name).view, name); }
-Tensor rows(py::handle object, const char* name) { return dlpack::import_rows(source(object, name).view, name); }
-
-// Something to read. A tensor without the unit stride that the kernels need is copied for the call.
-struct Input {
-    Tensor value;
-    py::object copy;
-    Input(py::handle object, const char* name, Tensor (*import)(const dlpack::View&, const char*) = dlpack::import_tensor,
-          bool along_either = false) {
-        const Source given = source(object, name);
-        if (is_capsule(object) || dlpack::has_unit_stride(given.view, along_either)) {
-            value = import(given.view, name);
-        } else {
-            copy = object.attr("contiguous")();
-            value = import(source(copy, name).view, name);
-        }
-    }
-    operator const Tensor&() const { return value; }
-};
-
-// An input that may be None.
-struct Optional {
-    std::optional<Input> input;
-    Optional(py::handle object, const char* name) {
-        if (!object.is_none()) input.emplace(object, name);
-    }
-    const Tensor* get() const { return input ? &input->value : nullptr; }
-};
+namespace py = pybind11;
+using python::Input;
+using python::Optional;
+using python::OptionalRows;
+using python::rows;
+using python::tensor;
 
 struct LayerWeight {
     Input values;  // as it lies: unit stride along either dimension
@@ -116,7 +33,7 @@ struct LayerWeight {
     LayerWeight(py::handle weight, py::handle weight_scale, py::handle layer_bias)
         : values(weight, "weight", dlpack::import_tensor, true), scale(weight_scale, "weight_scale"),
           bias(layer_bias, "bias") {}
-    cpu::Weight view() const { return {&values.value, scale.get(), bias.get()}; }
+    Weight view() const { return {&values.value, scale.get(), bias.get()}; }
 };
 
 int team(int threads) {
@@ -158,12 +75,11 @@ void lora_backward(py::handle g, py::handle x, py::handle weight, py::handle sca
                    int threads) {
     const Input g_(g, "g", dlpack::import_rows), x_(x, "x", dlpack::import_rows), A_(A, "A"), B_(B, "B"), S_(S, "S");
     const Tensor dA_ = tensor(dA, "dA"), dB_ = tensor(dB, "dB");
-    std::optional<Tensor> dx_;
-    if (!dx.is_none()) dx_ = rows(dx, "dx");
+    const OptionalRows dx_(dx, "dx");
     const LayerWeight layer(weight, scale, py::none());
     const cpu::Adapter adapter = {&A_.value, &B_.value, scaling, dropout(p, seed)};
     py::gil_scoped_release release;
-    cpu::lora_backward(g_, x_, layer.view(), adapter, S_, dx_ ? &*dx_ : nullptr, dA_, dB_,
+    cpu::lora_backward(g_, x_, layer.view(), adapter, S_, dx_.get(), dA_, dB_,
                        team(threads));
 }
 
@@ -275,12 +191,11 @@ void lora_rows_backward(py::handle g, py::handle x, const py::list& As, const py
                         int threads) {
     const Input g_(g, "g", dlpack::import_rows), x_(x, "x", dlpack::import_rows), segments_(segments, "segments");
     const Input S_(S, "S");
-    std::optional<Tensor> dx_;
-    if (!dx.is_none()) dx_ = rows(dx, "dx");
+    const OptionalRows dx_(dx, "dx");
     const Adapters adapters(As, Bs, scalings, dropouts, seed);
     const Matrices<Tensor> dA(dAs, "dA", tensor), dB(dBs, "dB", tensor);
     py::gil_scoped_release release;
-    cpu::lora_rows_backward(g_.value, x_.value, adapters.views, segments_.value, S_.value, dx_ ? &*dx_ : nullptr,
+    cpu::lora_rows_backward(g_.value, x_.value, adapters.views, segments_.value, S_.value, dx_.get(),
                             dA.values, dB.values, team(threads));
 }
 
@@ -288,20 +203,11 @@ void lora_rows_backward(py::handle g, py::handle x, const py::list& As, const py
 
 PYBIND11_MODULE(_native, m) {
     m.doc() = "pyadapt's native core. Use it through pyadapt.native and pyadapt.ops.";
-    py::register_exception_translator([](std::exception_ptr thrown) {
-        try {
-            if (thrown) std::rethrow_exception(thrown);
-        } catch (const ValueError& error) {
-            py::set_error(PyExc_ValueError, error.what());
-        } catch (const TypeError& error) {
-            py::set_error(PyExc_TypeError, error.what());
-        }
-    });
+    python::register_errors();
 
     m.attr("version") = PYADAPT_VERSION;
     m.attr("compiler") = PYADAPT_COMPILER;
     m.attr("openmp") = _OPENMP;
-    m.attr("cuda") = false;
     m.def("usable_isas", &cpu::usable_isas);
     m.def("isa", &cpu::isa);
     m.def("set_isa", &cpu::set_isa);

@@ -76,21 +76,33 @@ void check_result(const Tensor& tensor, Extent rows, Extent cols) {
     check_output(tensor);
 }
 
-Dropout make_dropout(double p, const Tensor* seed) {
+void check_seed(const Tensor& seed) {
+    check_dtype(seed, DType::i64);
+    if (seed.sizes[0] != 1 || (seed.dims == 2 && seed.sizes[1] != 1))
+        throw ValueError("seed has shape " + shape_of(seed) + "; wanted one element");
+}
+
+Dropout make_dropout(double p) {
     if (!(p >= 0.0 && p <= 1.0)) throw ValueError("dropout_p is " + std::to_string(p) + "; it must lie in [0, 1]");
-    if (p == 0.0) return Dropout{{0, 0}, 0, 1.0f};
-    if (!seed)
-        throw ValueError("dropout_p is " + std::to_string(p) +
-                         ", but no seed was given: pass a CPU int64 tensor of one element");
-    check_dtype(*seed, DType::i64);
-    if (seed->sizes[0] != 1 || (seed->dims == 2 && seed->sizes[1] != 1))
-        throw ValueError("seed has shape " + shape_of(*seed) + "; wanted one element");
-    const auto key = *static_cast<const std::uint64_t*>(seed->data);
     // Ties to even under the default rounding mode, as Python's round().
     const auto threshold = static_cast<std::uint64_t>(std::nearbyint(p * 4294967296.0));
-    return Dropout{{static_cast<std::uint32_t>(key), static_cast<std::uint32_t>(key >> 32)},
-                   threshold,
-                   p < 1.0 ? static_cast<float>(1.0 / (1.0 - p)) : 0.0f};
+    return Dropout{{0, 0}, threshold, p < 1.0 ? static_cast<float>(1.0 / (1.0 - p)) : 0.0f};
+}
+
+void refuse_missing_seed(double p) {
+    throw ValueError("dropout_p is " + std::to_string(p) +
+                     ", but no seed was given: pass an int64 tensor of one element");
+}
+
+Dropout make_dropout(double p, const Tensor* seed) {
+    Dropout dropout = make_dropout(p);
+    if (p == 0.0) return dropout;
+    if (!seed) refuse_missing_seed(p);
+    check_seed(*seed);
+    const auto key = *static_cast<const std::uint64_t*>(seed->data);
+    dropout.key[0] = static_cast<std::uint32_t>(key);
+    dropout.key[1] = static_cast<std::uint32_t>(key >> 32);
+    return dropout;
 }
 
 }  // namespace pyadapt

@@ -34,7 +34,11 @@ void check_matrix(const Tensor& tensor, Extent rows, Extent cols);
 // A floating matrix to write.
 void check_result(const Tensor& tensor, Extent rows, Extent cols);
 
-// The dropout of probability p; null seed only with p = 0.
+void check_seed(const Tensor& seed);
+[[noreturn]] void refuse_missing_seed(double p);
+// Threshold and scale of the dropout of probability p; its key is 0.
+Dropout make_dropout(double p);
+// With the key that seed, on the host, holds; it may be null with p = 0.
 Dropout make_dropout(double p, const Tensor* seed);
 
 }  // namespace pyadapt

@@ -4,10 +4,16 @@
 
 #include "error.hpp"
 
+// Whose memory the module that this is compiled into works on, as a DLPack device type.
+#ifndef PYADAPT_DLPACK_DEVICE
+#define PYADAPT_DLPACK_DEVICE 1
+#endif
+
 namespace pyadapt::dlpack {
 namespace {
 
-constexpr std::int32_t device_cpu = 1;
+constexpr std::int32_t device_cpu = 1, device_cuda = 2;
+
 constexpr std::uint8_t code_int = 0, code_float = 2, code_bfloat = 4;
 
 DType import_dtype(const ElementType& type, const char* name) {
@@ -22,17 +28,23 @@ DType import_dtype(const ElementType& type, const char* name) {
                     std::to_string(type.bits) + " bits; wanted float32, bfloat16, float16 or int8");
 }
 
+std::string name_of_device(std::int32_t type) {
+    return type == device_cpu    ? "the CPU"
+           : type == device_cuda ? "a CUDA device"
+                                 : "the DLPack device type " + std::to_string(type);
+}
+
 void check_device(const View& view, const char* name) {
-    if (view.device.type != device_cpu)
-        throw ValueError(std::string(name) + " is on the DLPack device type " + std::to_string(view.device.type) +
-                         "; wanted the CPU (1)");
+    if (view.device.type != PYADAPT_DLPACK_DEVICE)
+        throw ValueError(std::string(name) + " is on " + name_of_device(view.device.type) + "; wanted " +
+                         name_of_device(PYADAPT_DLPACK_DEVICE));
 }
 
 // A view of one or two dimensions as the core sees it.
 Tensor make_tensor(const View& view, const std::int64_t* sizes, const std::int64_t* strides, int dims,
                    const char* name) {
     Tensor tensor = {name, static_cast<char*>(view.data) + view.byte_offset, import_dtype(view.dtype, name), dims,
-                     {1, 1}, {1, 1}};
+                     {1, 1}, {1, 1}, view.device.id};
     std::int64_t elements = 1;
     for (int d = 0; d < dims; ++d) elements *= sizes[d];
     std::int64_t dense = 1;

@@ -52,7 +52,7 @@ constexpr std::uint32_t exchange_major = 1;
 // Whether kernels can read along the last dimension, or along either of two; more than two must lie without gaps.
 bool has_unit_stride(const View& view, bool along_either);
 
-// A checked view of a CPU tensor of one or two dimensions; ValueError or TypeError by name otherwise.
+// A checked view of a tensor, on this module's kind of device, of one or two dimensions; ValueError or TypeError by name otherwise.
 Tensor import_tensor(const View& view, const char* name);
 // The same for (..., columns) as (rows, columns): the leading dimensions must lie without gaps.
 Tensor import_rows(const View& view, const char* name);

@@ -16,6 +16,7 @@ struct Tensor {
     // no element depends on is that of a tensor without gaps.
     std::int64_t sizes[2];
     std::int64_t strides[2];
+    int device = 0;  // its number, where there are several
 };
 
 }  // namespace pyadapt

@@ -105,30 +105,6 @@ Gemm dA_product(const Tensor& dS, const Tensor& x, const Adapter& adapter, const
 
 // --- checks ---
 
-void check_weight(const Weight& weight, std::int64_t N, std::int64_t K) {
-    check_shape(*weight.values, {"N", N}, {"K", K});
-    check_rows_or_columns(*weight.values);
-    const bool int8 = weight.values->dtype == DType::i8;
-    if (!int8) check_floating(*weight.values);
-    if (int8 != (weight.scale != nullptr))
-        throw ValueError(int8 ? "weight is int8 but weight_scale is None; wanted a float32 scale for each output row"
-                              : std::string("weight_scale is given for a ") + name_of(weight.values->dtype) +
-                                    " weight; wanted None, or an int8 weight");
-}
-
-void check_per_output(const Weight& weight, std::int64_t N) {
-    if (weight.scale) {
-        check_shape(*weight.scale, {"N", N});
-        check_dtype(*weight.scale, DType::f32);
-        check_rows(*weight.scale);
-    }
-    if (weight.bias) {
-        check_shape(*weight.bias, {"N", N});
-        check_floating(*weight.bias);
-        check_rows(*weight.bias);
-    }
-}
-
 void check_gradients(const Tensor& g, const Tensor& x, const Adapter& adapter, const Tensor& S, const Tensor& dS,
                      const Tensor& dA, const Tensor& dB) {
     check_two_dimensional(x);

@@ -4,17 +4,10 @@
 // The passes are offered whole (the fused route) and one by one (beside a library's GEMM).
 #pragma once
 
-#include "../core/tensor.hpp"
 #include "../core/philox.hpp"
+#include "../core/weight.hpp"
 
 namespace pyadapt::cpu {
-
-// A frozen weight with what belongs to it.
-struct Weight {
-    const Tensor* values;
-    const Tensor* scale;  // null unless int8
-    const Tensor* bias;   // null: none
-};
 
 struct Adapter {
     const Tensor* A;

@@ -1,0 +1,19 @@
+// A frozen weight with what belongs to it, and its checks.
+#pragma once
+
+#include "tensor.hpp"
+
+namespace pyadapt {
+
+struct Weight {
+    const Tensor* values;
+    const Tensor* scale;  // null unless int8
+    const Tensor* bias;   // null: none
+};
+
+// values (N, K) with unit stride along either dimension, and a scale just where they are int8.
+void check_weight(const Weight& weight, std::int64_t N, std::int64_t K);
+// scale and bias (N,), where there are any.
+void check_per_output(const Weight& weight, std::int64_t N);
+
+}  // namespace pyadapt

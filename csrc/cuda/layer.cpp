@@ -1,0 +1,484 @@
+#include "layer.hpp"
+
+#include <algorithm>
+#include <limits>
+#include <string>
+
+#include "../core/checks.hpp"
+#include "../core/error.hpp"
+#include "device.hpp"
+
+namespace pyadapt::cuda {
+namespace {
+
+// --- checks ---
+
+int size_of(std::int64_t size, const char* letter) {
+    if (size <= std::numeric_limits<int>::max()) return static_cast<int>(size);
+    throw ValueError(std::string(letter) + " is " + std::to_string(size) +
+                     "; the CUDA kernels take up to 2^31 - 1: split the batch");
+}
+
+void check_16_bits(const Tensor& tensor) {
+    if (tensor.dtype == DType::f16 || tensor.dtype == DType::bf16) return;
+    throw TypeError(std::string(tensor.name) + " is " + name_of(tensor.dtype) +
+                    "; the CUDA kernels take float16 or bfloat16");
+}
+
+void check_activations(const Tensor& tensor, DType dtype, Extent rows, Extent columns) {
+    check_shape(tensor, rows, columns);
+    check_dtype(tensor, dtype);
+    check_rows(tensor);
+}
+
+// fp32 in rows without gaps, as the kernels keep S and dS.
+void check_dense(const Tensor& tensor, Extent rows, Extent columns) {
+    check_shape(tensor, rows, columns);
+    check_dtype(tensor, DType::f32);
+    check_rows(tensor);
+    if (rows.size > 1 && tensor.strides[0] != columns.size)
+        throw ValueError(std::string(tensor.name) + " has gaps between its rows; wanted a contiguous tensor");
+}
+
+void check_gradient(const Tensor& tensor, Extent rows, Extent columns) {
+    check_result(tensor, rows, columns);
+    if (rows.size > 1 && tensor.strides[0] != columns.size)
+        throw ValueError(std::string(tensor.name) + " has gaps between its rows; wanted a contiguous tensor");
+}
+
+void check_layer_weight(const Weight& weight, DType dtype, std::int64_t N, std::int64_t K) {
+    check_weight(weight, N, K);
+    check_per_output(weight, N);
+    if (weight.values->dtype != DType::i8) check_dtype(*weight.values, dtype);
+}
+
+// --- scratch memory ---
+
+constexpr std::size_t alignment = 256;
+
+std::size_t aligned(std::size_t bytes) { return (bytes + alignment - 1) / alignment * alignment; }
+
+// Hands out parts of the caller's workspace.
+class Scratch {
+public:
+    explicit Scratch(const Context& context) : left_(0), memory_(nullptr) {
+        if (!context.workspace) return;
+        memory_ = static_cast<char*>(context.workspace->data);
+        left_ = static_cast<std::size_t>(context.workspace->sizes[0]);
+    }
+    void* take(std::size_t bytes) {
+        if (bytes == 0) return nullptr;
+        if (aligned(bytes) > left_)
+            throw ValueError("workspace has too few bytes: " + std::to_string(aligned(bytes) - left_) +
+                             " more are needed; ask the *_workspace function of the call");
+        void* part = memory_;
+        memory_ += aligned(bytes);
+        left_ -= aligned(bytes);
+        return part;
+    }
+
+private:
+    std::size_t left_;
+    char* memory_;
+};
+
+// --- operands ---
+
+const float* scale_of(const Weight& weight) {
+    return weight.scale ? static_cast<const float*>(weight.scale->data) : nullptr;
+}
+
+Matrix matrix(const Tensor& t) { return {t.data, t.dtype, t.strides[0], t.strides[1]}; }
+Matrix transposed(const Tensor& t) { return {t.data, t.dtype, t.strides[1], t.strides[0]}; }
+
+constexpr DeviceDropout no_dropout = {nullptr, {0, 0}, 0, 1.0f};
+
+Gemm product_into(const Tensor& out) {
+    Gemm product = {};
+    product.M = size_of(out.sizes[0], "M");
+    product.N = size_of(out.sizes[1], "N");
+    product.dtype = out.dtype;
+    product.alpha = 1.0f;
+    product.dropout = no_dropout;
+    product.out = out.data;
+    product.out_stride = out.strides[0];
+    return product;
+}
+
+// right (columns of out, depth) as it lies: W (N, K) in a forward, its transpose in dx.
+void set_right(Gemm& product, const Tensor& right, int column_dimension) {
+    const int depth_dimension = 1 - column_dimension;
+    product.right = right.data;
+    product.right_dtype = right.dtype;
+    // Unit stride along both means a single row or column, which the depth takes.
+    product.right_along_columns = right.strides[depth_dimension] != 1;
+    product.right_stride = right.strides[product.right_along_columns ? depth_dimension : column_dimension];
+}
+
+void set_left(Gemm& product, const void* data, std::int64_t stride, std::int64_t depth) {
+    product.left = data;
+    product.left_stride = stride;
+    product.K = size_of(depth, "the depth of a product");
+}
+
+void add_epilogue(Gemm& product, const Weight& weight) {
+    product.column_scale = scale_of(weight);
+    if (!weight.bias) return;
+    product.bias = weight.bias->data;
+    product.bias_dtype = weight.bias->dtype;
+}
+
+void add_low_rank(Gemm& product, const Tensor& S, const Adapter& adapter) {
+    product.rank = size_of(S.sizes[1], "r");
+    product.low_left = static_cast<const float*>(S.data);
+    product.low_right = matrix(*adapter.B);
+    product.low_scale = static_cast<float>(adapter.scaling);
+}
+
+void add_low_rank_dx(Gemm& product, const float* dS, const Adapter& adapter) {
+    product.rank = size_of(adapter.A->sizes[0], "r");
+    product.low_left = dS;
+    product.low_right = transposed(*adapter.A);
+    product.low_scale = 1.0f;
+    product.dropout = adapter.dropout;
+}
+
+Gemm forward_product(const Tensor& x, const Weight& weight, const Tensor& y) {
+    Gemm product = product_into(y);
+    set_left(product, x.data, x.strides[0], x.sizes[1]);
+    set_right(product, *weight.values, 0);
+    add_epilogue(product, weight);
+    return product;
+}
+
+// `scaled_g`: what stands for g over an int8 W.
+Gemm dx_product(const Tensor& g, const Weight& weight, const void* scaled_g, const Tensor& dx) {
+    Gemm product = product_into(dx);
+    set_left(product, scaled_g ? scaled_g : g.data, scaled_g ? g.sizes[1] : g.strides[0], g.sizes[1]);
+    set_right(product, *weight.values, 1);
+    if (scaled_g) product.alpha = 1.0f / g_factor;
+    return product;
+}
+
+Shrink shrink_pass(const Tensor& x, const Adapter& adapter, const Tensor& S) {
+    Shrink pass = {};
+    pass.M = size_of(x.sizes[0], "M");
+    pass.K = size_of(x.sizes[1], "K");
+    pass.rank = size_of(S.sizes[1], "r");
+    pass.dtype = x.dtype;
+    pass.x = x.data;
+    pass.x_stride = x.strides[0];
+    pass.small = matrix(*adapter.A);
+    pass.dropout = adapter.dropout;
+    pass.alpha = 1.0f;
+    pass.out = static_cast<float*>(S.data);
+    return pass;
+}
+
+GradientPass gradient_pass_of(const Tensor& g, const Weight& weight, void* scaled_g) {
+    GradientPass pass = {};
+    pass.M = size_of(g.sizes[0], "M");
+    pass.N = size_of(g.sizes[1], "N");
+    pass.dtype = g.dtype;
+    pass.g = g.data;
+    pass.g_stride = g.strides[0];
+    if (scaled_g) {
+        pass.g_scale = scale_of(weight);
+        pass.g_factor = g_factor;
+        pass.scaled_g = scaled_g;
+    }
+    return pass;
+}
+
+// Only what decides about the scratch memory.
+GradientPass gradient_pass_sizes(const LayerSizes& sizes) {
+    GradientPass pass = {};
+    pass.M = sizes.M;
+    pass.N = sizes.N;
+    pass.rank = sizes.rank;
+    pass.dtype = sizes.dtype;
+    return pass;
+}
+
+InputPass input_pass_sizes(const LayerSizes& sizes) {
+    InputPass pass = {};
+    pass.M = sizes.M;
+    pass.K = sizes.K;
+    pass.rank = sizes.rank;
+    pass.dtype = sizes.dtype;
+    return pass;
+}
+
+Shrink shrink_sizes(const LayerSizes& sizes) {
+    Shrink pass = {};
+    pass.M = sizes.M;
+    pass.K = sizes.K;
+    pass.rank = sizes.rank;
+    pass.dtype = sizes.dtype;
+    return pass;
+}
+
+std::size_t scaled_g_bytes(const LayerSizes& sizes) {
+    return sizes.weight == DType::i8 ? static_cast<std::size_t>(sizes.M) * sizes.N * 2 : 0;
+}
+
+LayerSizes sizes_of(const Tensor& g, const Tensor& x, const Adapter& adapter) {
+    return {size_of(g.sizes[0], "M"), size_of(g.sizes[1], "N"), size_of(x.sizes[1], "K"),
+            size_of(adapter.A->sizes[0], "r"), g.dtype, DType::i8};
+}
+
+void run_shrink(Shrink pass, Scratch scratch, const Context& context) {
+    pass.workspace = scratch.take(shrink_workspace(pass, context.launch));
+    check(shrink(pass, context.launch), "the S pass", context.device);
+}
+
+void run_product(const Gemm& product, const Context& context) {
+    check(gemm(product, context.launch), "the fused product", context.device);
+}
+
+void run_forward(const Gemm& product, bool by_skinny, Scratch scratch, const Context& context) {
+    if (!by_skinny || product.M > skinny_rows || product.right_along_columns) return run_product(product, context);
+    void* workspace = scratch.take(skinny_workspace(product, context.launch));
+    check(skinny(product, workspace, context.launch), "the product of few rows", context.device);
+}
+
+// The scratch memory of one pass serves the next one too: a stream runs them one after the other.
+void run_gradients(const Tensor& g, const Tensor& x, const Weight& weight, const Adapter& adapter, const Tensor& S,
+                   float* dS, const Tensor& dA, const Tensor& dB, void* scaled_g, const Scratch& scratch,
+                   const Context& context) {
+    const int rank = size_of(S.sizes[1], "r");
+    GradientPass to_dS = gradient_pass_of(g, weight, scaled_g);
+    to_dS.rank = rank;
+    to_dS.B = matrix(*adapter.B);
+    to_dS.S = static_cast<const float*>(S.data);
+    to_dS.scaling = static_cast<float>(adapter.scaling);
+    to_dS.dS = dS;
+    to_dS.dB = dB.data;
+    to_dS.dB_dtype = dB.dtype;
+    to_dS.workspace = Scratch(scratch).take(gradient_pass_workspace(to_dS, context.launch));
+    check(gradient_pass(to_dS, context.launch), "the g pass", context.device);
+
+    InputPass to_dA = {};
+    to_dA.M = size_of(x.sizes[0], "M");
+    to_dA.K = size_of(x.sizes[1], "K");
+    to_dA.rank = rank;
+    to_dA.dtype = x.dtype;
+    to_dA.x = x.data;
+    to_dA.x_stride = x.strides[0];
+    to_dA.dS = dS;
+    to_dA.dropout = adapter.dropout;
+    to_dA.dA = dA.data;
+    to_dA.dA_dtype = dA.dtype;
+    to_dA.workspace = Scratch(scratch).take(input_pass_workspace(to_dA, context.launch));
+    check(input_pass(to_dA, context.launch), "the dA pass", context.device);
+}
+
+void check_gradients(const Tensor& g, const Tensor& x, const Adapter& adapter, const Tensor& S, const Tensor& dA,
+                     const Tensor& dB) {
+    check_two_dimensional(x);
+    check_two_dimensional(g);
+    check_two_dimensional(*adapter.A);
+    check_16_bits(g);
+    const std::int64_t M = x.sizes[0], K = x.sizes[1], N = g.sizes[1], r = adapter.A->sizes[0];
+    check_activations(x, g.dtype, {"M", M}, {"K", K});
+    check_activations(g, g.dtype, {"M", M}, {"N", N});
+    check_matrix(*adapter.A, {"r", r}, {"K", K});
+    check_matrix(*adapter.B, {"N", N}, {"r", r});
+    check_dense(S, {"M", M}, {"r", r});
+    check_gradient(dA, {"r", r}, {"K", K});
+    check_gradient(dB, {"N", N}, {"r", r});
+}
+
+}  // namespace
+
+std::size_t forward_workspace(const LayerSizes& sizes, bool by_skinny, const Launch& launch) {
+    const std::size_t shrinking = sizes.rank ? shrink_workspace(shrink_sizes(sizes), launch) : 0;
+    if (!by_skinny || sizes.M > skinny_rows) return aligned(shrinking);
+    Gemm product = {};
+    product.M = sizes.M;
+    product.N = sizes.N;
+    product.K = sizes.K;
+    product.rank = sizes.rank;
+    product.dtype = sizes.dtype;
+    product.right_dtype = sizes.weight;
+    return aligned(std::max(shrinking, skinny_workspace(product, launch)));
+}
+
+std::size_t backward_workspace(const LayerSizes& sizes, const Launch& launch) {
+    const std::size_t dS = static_cast<std::size_t>(sizes.M) * sizes.rank * sizeof(float);
+    const std::size_t passes = std::max(gradient_pass_workspace(gradient_pass_sizes(sizes), launch),
+                                        input_pass_workspace(input_pass_sizes(sizes), launch));
+    return aligned(dS) + aligned(scaled_g_bytes(sizes)) + aligned(passes);
+}
+
+void linear_forward(const Tensor& x, const Weight& weight, const Tensor& y, bool by_skinny, const Context& context) {
+    check_two_dimensional(x);
+    check_two_dimensional(*weight.values);
+    check_16_bits(x);
+    const std::int64_t M = x.sizes[0], K = x.sizes[1], N = weight.values->sizes[0];
+    check_activations(x, x.dtype, {"M", M}, {"K", K});
+    check_layer_weight(weight, x.dtype, N, K);
+    check_activations(y, x.dtype, {"M", M}, {"N", N});
+    check_output(y);
+    check_same_device({&x, weight.values, weight.scale, weight.bias, &y, context.workspace});
+    run_forward(forward_product(x, weight, y), by_skinny, Scratch(context), context);
+}
+
+void linear_dx(const Tensor& g, const Weight& weight, const Tensor& dx, const Context& context) {
+    check_two_dimensional(g);
+    check_two_dimensional(*weight.values);
+    check_16_bits(g);
+    const std::int64_t M = g.sizes[0], N = g.sizes[1], K = weight.values->sizes[1];
+    check_activations(g, g.dtype, {"M", M}, {"N", N});
+    check_layer_weight(weight, g.dtype, N, K);
+    check_activations(dx, g.dtype, {"M", M}, {"K", K});
+    check_output(dx);
+    check_same_device({&g, weight.values, weight.scale, &dx, context.workspace});
+    Scratch scratch(context);
+    void* scaled_g = nullptr;
+    if (weight.scale && M * N > 0) {
+        scaled_g = scratch.take(static_cast<std::size_t>(M * N) * 2);
+        GradientPass scaling = gradient_pass_of(g, weight, scaled_g);
+        check(gradient_pass(scaling, context.launch), "scaling g", context.device);
+    }
+    run_product(dx_product(g, weight, scaled_g, dx), context);
+}
+
+void lora_shrink(const Tensor& x, const Adapter& adapter, const Tensor& S, const Context& context) {
+    check_two_dimensional(x);
+    check_two_dimensional(*adapter.A);
+    check_16_bits(x);
+    const std::int64_t M = x.sizes[0], K = x.sizes[1], r = adapter.A->sizes[0];
+    check_activations(x, x.dtype, {"M", M}, {"K", K});
+    check_matrix(*adapter.A, {"r", r}, {"K", K});
+    check_dense(S, {"M", M}, {"r", r});
+    check_same_device({&x, adapter.A, &S, context.workspace});
+    run_shrink(shrink_pass(x, adapter, S), Scratch(context), context);
+}
+
+void lora_forward(const Tensor& x, const Weight& weight, const Adapter& adapter, const Tensor& y, const Tensor& S,
+                  bool by_skinny, const Context& context) {
+    check_two_dimensional(x);
+    check_two_dimensional(*weight.values);
+    check_two_dimensional(S);
+    const std::int64_t M = x.sizes[0], K = x.sizes[1], N = weight.values->sizes[0], r = S.sizes[1];
+    check_layer_weight(weight, x.dtype, N, K);
+    check_matrix(*adapter.B, {"N", N}, {"r", r});
+    check_activations(y, x.dtype, {"M", M}, {"N", N});
+    check_output(y);
+    check_same_device({&x, weight.values, weight.scale, weight.bias, adapter.B, &y, &S});
+    lora_shrink(x, adapter, S, context);
+    Gemm product = forward_product(x, weight, y);
+    add_low_rank(product, S, adapter);
+    run_forward(product, by_skinny, Scratch(context), context);
+}
+
+void lora_expand(const Tensor& S, const Adapter& adapter, const Weight& weight, const Tensor& y,
+                 const Context& context) {
+    check_two_dimensional(S);
+    check_two_dimensional(*adapter.B);
+    check_16_bits(y);
+    const std::int64_t M = S.sizes[0], r = S.sizes[1], N = adapter.B->sizes[0];
+    check_dense(S, {"M", M}, {"r", r});
+    check_matrix(*adapter.B, {"N", N}, {"r", r});
+    check_per_output(weight, N);
+    check_result(y, {"M", M}, {"N", N});
+    check_same_device({&S, adapter.B, weight.scale, weight.bias, &y});
+    Gemm product = product_into(y);
+    product.add_out = true;
+    product.right_dtype = product.dtype;
+    add_epilogue(product, weight);
+    add_low_rank(product, S, adapter);
+    run_product(product, context);
+}
+
+void lora_gradients(const Tensor& g, const Tensor& x, const Adapter& adapter, const Tensor& S, const Tensor& dS,
+                    const Tensor& dA, const Tensor& dB, const Tensor* weight_scale, const Tensor* scaled_g,
+                    const Context& context) {
+    check_gradients(g, x, adapter, S, dA, dB);
+    check_dense(dS, {"M", S.sizes[0]}, {"r", S.sizes[1]});
+    if (scaled_g) {
+        check_gradient(*scaled_g, {"M", g.sizes[0]}, {"N", g.sizes[1]});
+        check_dtype(*scaled_g, g.dtype);
+        if (!weight_scale) throw ValueError("scaled_g is given without weight_scale; wanted both or neither");
+        check_shape(*weight_scale, {"N", g.sizes[1]});
+        check_dtype(*weight_scale, DType::f32);
+        check_rows(*weight_scale);
+    }
+    check_same_device({&g, &x, adapter.A, adapter.B, &S, &dS, &dA, &dB, weight_scale, scaled_g, context.workspace});
+    run_gradients(g, x, {nullptr, weight_scale, nullptr}, adapter, S, static_cast<float*>(dS.data), dA, dB,
+                  scaled_g ? scaled_g->data : nullptr, Scratch(context), context);
+}
+
+void lora_expand_dx(const Tensor& dS, const Adapter& adapter, const Tensor& dx, const Context& context) {
+    check_two_dimensional(dS);
+    check_two_dimensional(*adapter.A);
+    check_16_bits(dx);
+    const std::int64_t M = dS.sizes[0], r = dS.sizes[1], K = adapter.A->sizes[1];
+    check_dense(dS, {"M", M}, {"r", r});
+    check_matrix(*adapter.A, {"r", r}, {"K", K});
+    check_result(dx, {"M", M}, {"K", K});
+    check_same_device({&dS, adapter.A, &dx});
+    Gemm product = product_into(dx);
+    product.add_out = true;
+    product.right_dtype = product.dtype;
+    add_low_rank_dx(product, static_cast<const float*>(dS.data), adapter);
+    run_product(product, context);
+}
+
+void lora_backward(const Tensor& g, const Tensor& x, const Weight& weight, const Adapter& adapter, const Tensor& S,
+                   const Tensor* dx, const Tensor& dA, const Tensor& dB, const Context& context) {
+    check_gradients(g, x, adapter, S, dA, dB);
+    const std::int64_t M = g.sizes[0], N = g.sizes[1], K = x.sizes[1], r = adapter.A->sizes[0];
+    check_layer_weight(weight, g.dtype, N, K);
+    if (dx) {
+        check_activations(*dx, g.dtype, {"M", M}, {"K", K});
+        check_output(*dx);
+    }
+    check_same_device({&g, &x, weight.values, weight.scale, adapter.A, adapter.B, &S, dx, &dA, &dB, context.workspace});
+
+    Scratch scratch(context);
+    float* dS = static_cast<float*>(scratch.take(static_cast<std::size_t>(M * r) * sizeof(float)));
+    void* scaled_g = dx && weight.scale ? scratch.take(scaled_g_bytes(sizes_of(g, x, adapter))) : nullptr;
+    run_gradients(g, x, weight, adapter, S, dS, dA, dB, scaled_g, scratch, context);
+    if (!dx) return;
+    Gemm product = dx_product(g, weight, scaled_g, *dx);
+    add_low_rank_dx(product, dS, adapter);
+    run_product(product, context);
+}
+
+void quantize_rows(const Tensor& w, const Tensor& q, const Tensor& scale, const Context& context) {
+    check_two_dimensional(w);
+    const std::int64_t rows = w.sizes[0], columns = w.sizes[1];
+    check_matrix(w, {"N", rows}, {"K", columns});
+    check_shape(q, {"N", rows}, {"K", columns});
+    check_dtype(q, DType::i8);
+    check_output(q);
+    check_shape(scale, {"N", rows});
+    check_dtype(scale, DType::f32);
+    check_rows(scale);
+    check_same_device({&w, &q, &scale});
+    const Quantize pass = {size_of(rows, "N"), size_of(columns, "K"), w.data, w.dtype, w.strides[0],
+                           static_cast<std::int8_t*>(q.data), q.strides[0], static_cast<float*>(scale.data)};
+    check(quantize(pass, context.launch), "quantising", context.device);
+}
+
+void dequantize_rows(const Tensor& q, const Tensor* scale, double factor, const Tensor& out, const Context& context) {
+    check_two_dimensional(q);
+    const std::int64_t rows = q.sizes[0], columns = q.sizes[1];
+    check_dtype(q, DType::i8);
+    check_rows(q);
+    if (scale) {
+        check_shape(*scale, {"N", rows});
+        check_dtype(*scale, DType::f32);
+        check_rows(*scale);
+    }
+    check_result(out, {"N", rows}, {"K", columns});
+    check_same_device({&q, scale, &out});
+    const Dequantize pass = {size_of(rows, "N"), size_of(columns, "K"), static_cast<const std::int8_t*>(q.data),
+                             q.strides[0], scale ? static_cast<const float*>(scale->data) : nullptr,
+                             static_cast<float>(factor), out.data, out.dtype, out.strides[0]};
+    check(dequantize(pass, context.launch), "dequantising", context.device);
+}
+
+}  // namespace pyadapt::cuda
