@@ -131,8 +131,8 @@ void bind_lora_expand(py::handle S, py::handle B, py::handle scale, py::handle b
 }
 
 void bind_lora_gradients(py::handle g, py::handle x, py::handle A, py::handle B, py::handle S, py::handle dS,
-                         py::handle dA, py::handle dB, py::handle weight_scale, py::handle scaled_g, double scaling,
-                         double p, py::handle seed, py::handle workspace, std::uintptr_t stream) {
+                         py::handle dA, py::handle dB, py::handle weight_scale, double factor, py::handle scaled_g,
+                         double scaling, double p, py::handle seed, py::handle workspace, std::uintptr_t stream) {
     const Input g_(g, "g", dlpack::import_rows), x_(x, "x", dlpack::import_rows), A_(A, "A"), B_(B, "B"), S_(S, "S");
     const Tensor dS_ = tensor(dS, "dS"), dA_ = tensor(dA, "dA"), dB_ = tensor(dB, "dB");
     const Optional scale_(weight_scale, "weight_scale");
@@ -141,7 +141,7 @@ void bind_lora_gradients(py::handle g, py::handle x, py::handle A, py::handle B,
     const Call call(g_, workspace, stream);
     check_same_device({&g_.value, dropout.seed()});
     const Adapter adapter = {&A_.value, &B_.value, scaling, dropout.value};
-    lora_gradients(g_, x_, adapter, S_, dS_, dA_, dB_, scale_.get(), scaled_.get(), call.context);
+    lora_gradients(g_, x_, adapter, S_, dS_, dA_, dB_, scale_.get(), factor, scaled_.get(), call.context);
 }
 
 void bind_lora_expand_dx(py::handle dS, py::handle A, py::handle dx, double p, py::handle seed,
@@ -187,7 +187,6 @@ PYBIND11_MODULE(_cuda, m) {
     m.attr("architectures") = PYADAPT_CUDA_ARCHITECTURES;  // "80-real;...;120-virtual"
     m.attr("runtime") = CUDART_VERSION;
     m.attr("skinny_rows") = skinny_rows;
-    m.attr("g_factor") = g_factor;
     m.def("device_count", &device_count);
     m.def("capability", &capability);
 

@@ -175,17 +175,23 @@ Shrink shrink_pass(const Tensor& x, const Adapter& adapter, const Tensor& S) {
     return pass;
 }
 
-GradientPass gradient_pass_of(const Tensor& g, const Weight& weight, void* scaled_g) {
+// What is to be written beside dS and dB: g scale factor, or nothing.
+struct ScaledG {
+    void* data;
+    float factor;
+};
+
+GradientPass gradient_pass_of(const Tensor& g, const Weight& weight, ScaledG scaled) {
     GradientPass pass = {};
     pass.M = size_of(g.sizes[0], "M");
     pass.N = size_of(g.sizes[1], "N");
     pass.dtype = g.dtype;
     pass.g = g.data;
     pass.g_stride = g.strides[0];
-    if (scaled_g) {
+    if (scaled.data) {
         pass.g_scale = scale_of(weight);
-        pass.g_factor = g_factor;
-        pass.scaled_g = scaled_g;
+        pass.g_factor = scaled.factor;
+        pass.scaled_g = scaled.data;
     }
     return pass;
 }
@@ -244,10 +250,10 @@ void run_forward(const Gemm& product, bool by_skinny, Scratch scratch, const Con
 
 // The scratch memory of one pass serves the next one too: a stream runs them one after the other.
 void run_gradients(const Tensor& g, const Tensor& x, const Weight& weight, const Adapter& adapter, const Tensor& S,
-                   float* dS, const Tensor& dA, const Tensor& dB, void* scaled_g, const Scratch& scratch,
+                   float* dS, const Tensor& dA, const Tensor& dB, ScaledG scaled, const Scratch& scratch,
                    const Context& context) {
     const int rank = size_of(S.sizes[1], "r");
-    GradientPass to_dS = gradient_pass_of(g, weight, scaled_g);
+    GradientPass to_dS = gradient_pass_of(g, weight, scaled);
     to_dS.rank = rank;
     to_dS.B = matrix(*adapter.B);
     to_dS.S = static_cast<const float*>(S.data);
@@ -338,7 +344,7 @@ void linear_dx(const Tensor& g, const Weight& weight, const Tensor& dx, const Co
     void* scaled_g = nullptr;
     if (weight.scale && M * N > 0) {
         scaled_g = scratch.take(static_cast<std::size_t>(M * N) * 2);
-        GradientPass scaling = gradient_pass_of(g, weight, scaled_g);
+        GradientPass scaling = gradient_pass_of(g, weight, {scaled_g, g_factor});
         check(gradient_pass(scaling, context.launch), "scaling g", context.device);
     }
     run_product(dx_product(g, weight, scaled_g, dx), context);
@@ -393,8 +399,8 @@ void lora_expand(const Tensor& S, const Adapter& adapter, const Weight& weight, 
 }
 
 void lora_gradients(const Tensor& g, const Tensor& x, const Adapter& adapter, const Tensor& S, const Tensor& dS,
-                    const Tensor& dA, const Tensor& dB, const Tensor* weight_scale, const Tensor* scaled_g,
-                    const Context& context) {
+                    const Tensor& dA, const Tensor& dB, const Tensor* weight_scale, double factor,
+                    const Tensor* scaled_g, const Context& context) {
     check_gradients(g, x, adapter, S, dA, dB);
     check_dense(dS, {"M", S.sizes[0]}, {"r", S.sizes[1]});
     if (scaled_g) {
@@ -407,7 +413,7 @@ void lora_gradients(const Tensor& g, const Tensor& x, const Adapter& adapter, co
     }
     check_same_device({&g, &x, adapter.A, adapter.B, &S, &dS, &dA, &dB, weight_scale, scaled_g, context.workspace});
     run_gradients(g, x, {nullptr, weight_scale, nullptr}, adapter, S, static_cast<float*>(dS.data), dA, dB,
-                  scaled_g ? scaled_g->data : nullptr, Scratch(context), context);
+                  {scaled_g ? scaled_g->data : nullptr, static_cast<float>(factor)}, Scratch(context), context);
 }
 
 void lora_expand_dx(const Tensor& dS, const Adapter& adapter, const Tensor& dx, const Context& context) {
@@ -440,7 +446,7 @@ void lora_backward(const Tensor& g, const Tensor& x, const Weight& weight, const
     Scratch scratch(context);
     float* dS = static_cast<float*>(scratch.take(static_cast<std::size_t>(M * r) * sizeof(float)));
     void* scaled_g = dx && weight.scale ? scratch.take(scaled_g_bytes(sizes_of(g, x, adapter))) : nullptr;
-    run_gradients(g, x, weight, adapter, S, dS, dA, dB, scaled_g, scratch, context);
+    run_gradients(g, x, weight, adapter, S, dS, dA, dB, {scaled_g, g_factor}, scratch, context);
     if (!dx) return;
     Gemm product = dx_product(g, weight, scaled_g, *dx);
     add_low_rank_dx(product, dS, adapter);

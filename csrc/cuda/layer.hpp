@@ -58,8 +58,8 @@ void lora_expand(const Tensor& S, const Adapter& adapter, const Weight& weight, 
                  const Context& context);
 // dS = s g B, dB = s g' S, dA = dS' drop(x), and scaled_g = g scale factor where it is not null
 void lora_gradients(const Tensor& g, const Tensor& x, const Adapter& adapter, const Tensor& S, const Tensor& dS,
-                    const Tensor& dA, const Tensor& dB, const Tensor* weight_scale, const Tensor* scaled_g,
-                    const Context& context);
+                    const Tensor& dA, const Tensor& dB, const Tensor* weight_scale, double factor,
+                    const Tensor* scaled_g, const Context& context);
 // dx = dx + mask(dS A), in place
 void lora_expand_dx(const Tensor& dS, const Adapter& adapter, const Tensor& dx, const Context& context);
 

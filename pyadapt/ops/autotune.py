@@ -1,13 +1,12 @@
 """Which of several routes is the fastest on this GPU: measured once a shape, remembered in a file.
 
-Whether a native kernel or torch's GEMM serves a shape best depends on the GPU and on torch's build more than a rule can
-say. The first call of a shape therefore times both; later calls, and later processes, find the answer in the cache
-folder: ``PYADAPT_CACHE``, else ``$XDG_CACHE_HOME/pyadapt``, else ``~/.cache/pyadapt``.
+Whether a native kernel or torch's GEMM serves a shape best is for the GPU and torch's build to say. So the first call
+of a shape times both, and later calls and processes find the answer in the cache folder: ``PYADAPT_CACHE``, else
+``$XDG_CACHE_HOME/pyadapt``, else ``~/.cache/pyadapt``.
 
-Two routes round differently, so measuring makes the last bits of a result depend on the machine, and on what else it
-did during the measurement. With ``PYADAPT_AUTOTUNE=0`` (``1`` is the default), and while
-``torch.use_deterministic_algorithms`` is on, nothing is measured and nothing remembered is used: the static rule of
-``routes.py`` decides, from dtypes and sizes alone.
+Routes round differently, and so measuring makes the last bits of a result depend on the machine and on what else it did
+meanwhile. With ``PYADAPT_AUTOTUNE=0`` (the default is 1), and under ``torch.use_deterministic_algorithms``, nothing is
+measured or looked up: a static rule has to decide, from dtypes and sizes alone.
 """
 
 from __future__ import annotations
@@ -23,7 +22,6 @@ import threading
 import warnings
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import torch
 from torch._C import _are_functorch_transforms_active, _get_tracing_state, _len_torch_dispatch_stack
@@ -31,82 +29,45 @@ from torch.compiler import is_compiling
 
 from pyadapt import files, native
 
-FORMAT = 1
-# Turns of all candidates: some to warm up, then those that count, of which the median is taken.
-WARM_UP, TURNS = 1, 5
+WARM_UP, TURNS = 1, 5  # turns of each candidate that do not count, and that do
 
+Times = dict[str, float]  # microseconds by route
 Candidate = Callable[[], object]
 Timer = Callable[[Candidate], float]
-Times = dict[str, float]
 
 
-class Key(NamedTuple):
-    """What calls must have in common to share a measurement."""
+def key_of(
+    op: str, x: torch.dtype, weight: torch.dtype, weight_rows: bool, M: int, N: int, K: int, r: int, dropout: bool
+) -> str:
+    """What calls must have in common to share a measurement, e.g. "forward bfloat16 int8 rows M512 N96 K64 r16 plain".
 
-    op: str  # "forward" or "backward"
-    x: str  # dtype
-    weight: str  # dtype
-    weight_rows: bool  # whether W has unit stride along K
-    M: int  # the next power of two: ragged token counts share an entry
-    N: int
-    K: int
-    r: int  # the next multiple of 16
-    dropout: bool
-
-    @classmethod
-    def of(
-        cls,
-        op: str,
-        x: torch.dtype,
-        weight: torch.dtype,
-        weight_rows: bool,
-        M: int,
-        N: int,
-        K: int,
-        r: int,
-        dropout: bool,
-    ) -> Key:
-        """The key of a call with these dtypes and sizes."""
-        names = (str(dtype).removeprefix("torch.") for dtype in (x, weight))
-        return cls(op, *names, weight_rows, 1 << max(M - 1, 0).bit_length(), N, K, -(-r // 16) * 16, dropout)
-
-
-_KEY_TYPES = [str, str, str, bool, int, int, int, int, bool]
+    Ragged M go by the next power of two, r by the next multiple of 16. ``weight_rows``: W has unit stride along K.
+    """
+    dtypes = f"{x} {weight}".replace("torch.", "")
+    sizes = f"M{1 << max(M - 1, 0).bit_length()} N{N} K{K} r{-(-r // 16) * 16}"
+    return f"{op} {dtypes} {'rows' if weight_rows else 'columns'} {sizes} {'dropout' if dropout else 'plain'}"
 
 
 class Measurements:
-    """Median times in microseconds by key and route, in memory and in a file.
+    """Median times by key and route, in memory and, with a path, in a file, which must be of the same machine."""
 
-    Args:
-        machine: all that the times depend on; a file of another machine is ignored and, in time, replaced.
-        path: the file; None: in memory only.
-    """
-
-    def __init__(self, machine: Mapping[str, str], path: Path | None) -> None:
-        self._machine, self._path = dict(machine), path
-        self._times: dict[Key, Times] | None = None  # None: the file has not been read yet
+    def __init__(self, machine: str, path: Path | None) -> None:
+        self._header, self._path = f"autotune 1, {machine}", path
+        self._known: dict[str, Times] | None = None  # never changed, only replaced: readers hold no lock
         self._lock = threading.RLock()
 
-    def remembered(self, key: Key, routes: Collection[str] | None = None) -> str | None:
-        """The fastest route of a key (among ``routes``), or None where it (or one of those) has not been measured."""
-        if not allowed():
-            return None
-        times = self._known().get(key)
-        if times is None or (routes is not None and any(route not in times for route in routes)):
+    def remembered(self, key: str, routes: Collection[str] | None = None) -> str | None:
+        """The fastest route of a key (among ``routes``); None where it (or one of those) has not been measured."""
+        times = self._load().get(key) if allowed() else None
+        if times is None or (routes is not None and not times.keys() >= set(routes)):
             return None
         return min(routes or times, key=times.__getitem__)
 
-    def best(self, key: Key, candidates: Mapping[str, Candidate], timer: Timer) -> str | None:
-        """The fastest of the candidates, which are measured if they have not been.
+    def best(self, key: str, candidates: Mapping[str, Candidate], timer: Timer) -> str | None:
+        """The fastest candidate, or None where it is unknown and nothing may be measured now.
 
-        A candidate must have no effect besides its result. One that raises a ``RuntimeError``, such as running out of
-        memory, counts as infinitely slow in this process, and the file is left without this key.
-
-        Returns:
-            A name, or None where the static rule must decide, because nothing may be measured or remembered now.
-
-        Raises:
-            RuntimeError: every candidate failed; this is the error of the last.
+        Candidates have no effect besides their results. One that raises RuntimeError, such as for want of memory,
+        counts as infinitely slow in this process, and the key stays out of the file. If all do, the last raises.
         """
         route = self.remembered(key, candidates)
         if route is not None or not may_measure():
@@ -116,89 +77,64 @@ class Measurements:
                 self._store(key, measure(candidates, timer))
             return self.remembered(key, candidates)
 
-    def table(self) -> list[tuple[Key, str, Times]]:
-        """(key, fastest route, microseconds of each route) of all that is known, for printing."""
-        return [(key, min(times, key=times.__getitem__), dict(times)) for key, times in sorted(self._known().items())]
+    def table(self) -> list[tuple[str, str, Times]]:
+        """(key, fastest route, times of all) for printing."""
+        return [(key, min(times, key=times.__getitem__), dict(times)) for key, times in sorted(self._load().items())]
 
-    def _known(self) -> dict[Key, Times]:
-        if self._times is None:
+    def _load(self) -> dict[str, Times]:
+        if self._known is None:
             with self._lock:
-                if self._times is None:
-                    self._times = self._read(warn=True)
-        return self._times
+                self._known = self._read(warn=True) if self._known is None else self._known
+        return self._known
 
-    def _store(self, key: Key, times: Times) -> None:
-        # A copy takes the place of the dict, which other threads read without the lock.
-        known = dict(self._known())
-        known[key] = known.get(key, {}) | times
-        self._times = known
-        if self._path is None or math.inf in known[key].values():
-            return
-        # Another process may have written since: its entries are newer than ours but for this one. In memory ours stay,
-        # so that a shape does not change its route midway.
+    def _store(self, key: str, times: Times) -> None:
+        known = self._load()
+        times = known.get(key, {}) | times
+        # What other processes have written since goes before ours in the file, but for this key; in memory ours goes
+        # first, so that no shape changes its route midway.
         found = self._read(warn=False)
-        ours = {k: v for k, v in known.items() if math.inf not in v.values()}
-        self._times = found | known
+        self._known = found | known | {key: times}
+        if self._path is None or math.inf in times.values():
+            return
+        entries = {k: t for k, t in known.items() if math.inf not in t.values()} | found | {key: times}
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            files.write_text(self._path, self._text(ours | found | {key: known[key]}))
+            files.write_text(self._path, json.dumps({"header": self._header, "times": entries}, indent=1))
         except OSError as error:
             path, self._path = self._path, None
-            _warn(f"{path} cannot be written ({error}): timings are kept for this process only. Set PYADAPT_CACHE")
+            _warn(f"{path} cannot be written, so this process alone knows its timings; set PYADAPT_CACHE ({error})")
 
-    def _text(self, known: Mapping[Key, Times]) -> str:
-        entries = [key._asdict() | {"microseconds": times} for key, times in sorted(known.items())]
-        lines = ",\n".join(json.dumps(entry) for entry in entries)
-        return f'{{"format": {FORMAT}, "machine": {json.dumps(self._machine)}, "entries": [\n{lines}\n]}}\n'
-
-    def _read(self, *, warn: bool) -> dict[Key, Times]:
+    def _read(self, *, warn: bool) -> dict[str, Times]:
+        if self._path is None or not os.path.exists(self._path):
+            return {}
         try:
-            content = json.loads(self._path.read_text("utf-8")) if self._path else {"entries": []}
-            if self._path and (content["format"], content["machine"]) != (FORMAT, self._machine):
-                raise ValueError("it is of another format or machine")
-            return dict(_parse(entry) for entry in content["entries"])
-        except FileNotFoundError:
-            return {}
-        except Exception as error:  # whatever a damaged file makes of itself
+            content = json.loads(self._path.read_text("utf-8"))
+            if content["header"] != self._header:
+                raise ValueError(f"it is of {content['header']}, not of {self._header}")
+            if not all(times and all(0 <= t < math.inf for t in times.values()) for times in content["times"].values()):
+                raise ValueError("it holds impossible times")
+            return content["times"]
+        except Exception as error:  # a damaged file may fail in any way
             if warn:
-                _warn(f"{self._path} is ignored, and replaced when something is measured: {error!r}")
+                _warn(f"{self._path} is ignored, and replaced at the next measurement: {error!r}")
             return {}
-
-
-def _parse(entry: dict[str, Any]) -> tuple[Key, Times]:
-    times = {route: float(time) for route, time in entry.pop("microseconds").items()}
-    key = Key(**entry)
-    if [type(value) for value in key] != _KEY_TYPES or not times or not all(0 <= t < math.inf for t in times.values()):
-        raise ValueError(f"it holds {key} with times {times}")
-    return key, times
 
 
 def _warn(text: str) -> None:
     warnings.warn(f"pyadapt's autotuning: {text}", RuntimeWarning, stacklevel=2)
 
 
-# --- measuring ---
-
-
-@functools.cache
-def _switched_on() -> bool:
-    value = os.environ.get("PYADAPT_AUTOTUNE") or "1"
-    if value not in ("0", "1"):
-        raise ValueError(f"PYADAPT_AUTOTUNE is {value!r}; it must be 0 or 1")
-    return value == "1"
-
-
 def allowed() -> bool:
     """Whether a choice may depend on measurements at all."""
-    return _switched_on() and not torch.are_deterministic_algorithms_enabled()
+    return os.environ.get("PYADAPT_AUTOTUNE") != "0" and not torch.are_deterministic_algorithms_enabled()
 
 
 def may_measure() -> bool:
-    """Whether calls may be timed now: none is compiled, traced, transformed or captured into a CUDA graph."""
+    """Whether calls may be timed now: nobody compiles, traces, transforms or captures them."""
     return (
         allowed()
         and not is_compiling()
-        and not _len_torch_dispatch_stack()  # fake, functional and tracing modes among them
+        and not _len_torch_dispatch_stack()  # fake and functional modes among them
         and not _are_functorch_transforms_active()
         and _get_tracing_state() is None
         and not (torch.backends.cuda.is_built() and torch.cuda.is_current_stream_capturing())
@@ -207,88 +143,57 @@ def may_measure() -> bool:
 
 @torch.no_grad()
 def measure(candidates: Mapping[str, Candidate], timer: Timer) -> Times:
-    """The median time of each candidate, infinite for one that fails; they take turns, as clocks drift."""
+    """The median time of each candidate, infinite if it fails. They take turns, since clocks drift."""
     samples: dict[str, list[float]] = {route: [] for route in candidates}
-    for turn in range(WARM_UP + TURNS):
+    for _ in range(WARM_UP + TURNS):
         for route in list(samples):
             try:
-                time = timer(candidates[route])
+                samples[route].append(timer(candidates[route]))
             except RuntimeError:
                 del samples[route]
                 if not samples:
                     raise
-                continue
-            if turn >= WARM_UP:
-                samples[route].append(time)
-    return {
-        route: round(statistics.median(samples[route]), 2) if route in samples else math.inf for route in candidates
-    }
+    medians = {route: round(statistics.median(times[WARM_UP:]), 2) for route, times in samples.items()}
+    return dict.fromkeys(candidates, math.inf) | medians
 
 
 def cuda_timer(device: torch.device, calls: int = 3) -> Timer:
-    """A timer by CUDA events: the mean of a few calls, each with a cold L2 cache, as W is in a model of many layers."""
+    """The mean of a few calls by CUDA events. From an idle GPU, launches count where they take longer than kernels."""
 
     def time(candidate: Candidate) -> float:
         with torch.cuda.device(device):
-            cache = 2 * getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 1 << 25)
-            try:
-                filler = torch.empty(cache, dtype=torch.uint8, device=device)
-            except torch.cuda.OutOfMemoryError:
-                filler = torch.empty(0, dtype=torch.uint8, device=device)
-            events = []
-            for _ in range(calls):
-                start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-                filler.zero_()  # this also lets the host get ahead, so that its own time is not counted
-                start.record()
-                candidate()
-                stop.record()
-                events.append((start, stop))
+            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             torch.cuda.current_stream().synchronize()
-            return sum(start.elapsed_time(stop) for start, stop in events) / calls * 1e3
+            start.record()
+            for _ in range(calls):
+                candidate()
+            stop.record()
+            stop.synchronize()
+        return start.elapsed_time(stop) / calls * 1e3
 
     return time
 
 
-# --- where ---
-
-
 @functools.cache
 def measurements(device: torch.device) -> Measurements:
-    """Those of a CUDA device (with an index).
+    """Those of a CUDA device with an index.
 
-    Each device has its own, though equal ones share a file: a thread must not wait for another device's measurement,
-    which may itself wait for that thread in a collective.
+    Equal ones share a file, not a lock: waiting for another's measurement could hold up a collective it waits for.
     """
-    properties = torch.cuda.get_device_properties(device)
-    machine = {
-        "device": str(properties.name),
-        "capability": f"{properties.major}.{properties.minor}",
-        "build": _build(),
-        "torch": str(torch.__version__),
-        "cuda": str(torch.version.cuda),
-    }
-    digest = hashlib.sha256(json.dumps(machine).encode()).hexdigest()[:12]
+    gpu, module = torch.cuda.get_device_properties(device), native.cuda()
+    build = hashlib.sha256(Path(module.__file__).read_bytes()).hexdigest()[:16] if module and module.__file__ else None
+    versions = f"build {build}, torch {torch.__version__}, CUDA {torch.version.cuda}"
+    machine = f"{gpu.name}, capability {gpu.major}.{gpu.minor}, {versions}"
+    name = f"{re.sub('[^A-Za-z0-9]+', '-', gpu.name)}-{hashlib.sha256(machine.encode()).hexdigest()[:12]}"
     folder = cache_folder()
-    name = f"autotune-{re.sub('[^A-Za-z0-9]+', '-', machine['device'])}-{digest}.json"
-    return Measurements(machine, folder / name if folder else None)
-
-
-@functools.cache
-def _build() -> str:
-    """Tells one build of the extension from another."""
-    module = native.core()
-    if module is None or module.__file__ is None:
-        return "none"
-    return hashlib.sha256(Path(module.__file__).read_bytes()).hexdigest()[:16]
+    return Measurements(machine, folder and folder / f"autotune-{name}.json")
 
 
 def cache_folder() -> Path | None:
-    """Where measurements are kept; None for a user without a home, who has set none either."""
+    """Where measurements are kept; None for a user without a home."""
     if own := os.environ.get("PYADAPT_CACHE"):
         return Path(own)
-    if caches := os.environ.get("XDG_CACHE_HOME"):
-        return Path(caches) / "pyadapt"
     try:
-        return Path.home() / ".cache" / "pyadapt"
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pyadapt"
     except RuntimeError:
         return None

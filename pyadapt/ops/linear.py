@@ -63,14 +63,22 @@ def linear_dx_reference(g: Tensor, weight: Tensor, weight_scale: Tensor | None, 
         return (g.to(dtype) @ dense(weight, weight_scale, dtype)).to(x_dtype)
 
 
+def _fused_forward(x: Tensor, *rest: Any, skinny: bool = False) -> Tensor:
+    return kernels.of(x).linear_forward(x, *rest, skinny)
+
+
+def _fused_dx(g: Tensor, *rest: Any) -> Tensor:
+    return kernels.of(g).linear_dx(g, *rest)
+
+
 _FORWARD: dict[str, Callable[..., Any]] = {
-    "fused": kernels.linear_forward,
-    "skinny": functools.partial(kernels.linear_forward, skinny=True),
+    "fused": _fused_forward,
+    "skinny": functools.partial(_fused_forward, skinny=True),
     "library": panels.linear_forward,
     "reference": linear_forward_reference,
 }
 _DX: dict[str, Callable[..., Tensor]] = {
-    "fused": kernels.linear_dx,
+    "fused": _fused_dx,
     "library": panels.linear_dx,
     "reference": linear_dx_reference,
 }
@@ -80,13 +88,14 @@ def frozen_forward(
     x: Tensor, weight: Tensor, weight_scale: Tensor | None, bias: Tensor | None, out_dtype: torch.dtype
 ) -> Tensor:
     """y = x W' scale + bias by whichever route serves."""
-    route = routes.choose("forward", x, weight, 0, out_dtype)
-    return _FORWARD[route](x, weight, weight_scale, bias, out_dtype)
+    case = routes.case_of("forward", x, weight, 0, out_dtype)
+    return routes.run(case, _FORWARD, x.device, (x, weight, weight_scale, bias, out_dtype))
 
 
 def frozen_dx(g: Tensor, weight: Tensor, weight_scale: Tensor | None, x_dtype: torch.dtype) -> Tensor:
     """dx = g W by whichever route serves."""
-    return _DX[routes.choose("backward", g, weight, 0, x_dtype)](g, weight, weight_scale, x_dtype)
+    case = routes.case_of("backward", g, weight, 0, x_dtype)
+    return routes.run(case, _DX, g.device, (g, weight, weight_scale, x_dtype))
 
 
 registry.define(
@@ -113,7 +122,7 @@ class FrozenLinear(registry.Function):
         pair = None if registry.watched(x, weight) else routes.native_pair(x, weight, out_dtype)
         ctx.saved = owner, x.dtype, pair
         if pair is not None:
-            return kernels.linear_forward(x, weight, weight_scale, bias, out_dtype, pair[0] == "skinny")
+            return kernels.of(x).linear_forward(x, weight, weight_scale, bias, out_dtype, pair[0] == "skinny")
         return like_rows(torch.ops.pyadapt.linear_forward(as_rows(x), weight, weight_scale, bias, out_dtype), x)
 
     @staticmethod
@@ -125,7 +134,7 @@ class FrozenLinear(registry.Function):
         owner, x_dtype, pair = ctx.saved
         weight, weight_scale, _ = owner.operands()
         if pair is not None and not registry.watched(g, weight):
-            dx = kernels.linear_dx(g, weight, weight_scale, x_dtype)
+            dx = kernels.of(g).linear_dx(g, weight, weight_scale, x_dtype)
         else:
             dx = like_rows(torch.ops.pyadapt.linear_dx(as_rows(g), weight, weight_scale, x_dtype), g)
         return dx, None, None, None

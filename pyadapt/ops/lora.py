@@ -77,14 +77,22 @@ def lora_backward_reference(
         return dx, dA.to(A.dtype), dB.to(B.dtype)
 
 
+def _fused_forward(x: Tensor, *rest: Any, skinny: bool = False) -> tuple[Tensor, Tensor]:
+    return kernels.of(x).lora_forward(x, *rest, skinny)
+
+
+def _fused_backward(g: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return kernels.of(g).lora_backward(g, *rest)
+
+
 _FORWARD: dict[str, Callable[..., Any]] = {
-    "fused": kernels.lora_forward,
-    "skinny": functools.partial(kernels.lora_forward, skinny=True),
+    "fused": _fused_forward,
+    "skinny": functools.partial(_fused_forward, skinny=True),
     "library": panels.lora_forward,
     "reference": lora_forward_reference,
 }
 _BACKWARD: dict[str, Callable[..., Any]] = {
-    "fused": kernels.lora_backward,
+    "fused": _fused_backward,
     "library": panels.lora_backward,
     "reference": lora_backward_reference,
 }
@@ -93,16 +101,17 @@ _BACKWARD: dict[str, Callable[..., Any]] = {
 def _lora_forward(
     x: Tensor, weight: Tensor, weight_scale: Any, bias: Any, A: Tensor, B: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor]:
-    out_dtype = rest[-1]
-    route = routes.choose("forward", x, weight, A.shape[0], A.dtype, B.dtype, out_dtype)
-    return _FORWARD[route](x, weight, weight_scale, bias, A, B, *rest)
+    _, dropout_p, _, out_dtype = rest
+    case = routes.case_of("forward", x, weight, A.shape[0], out_dtype, (A.dtype, B.dtype))
+    return routes.run(case, _FORWARD, x.device, (x, weight, weight_scale, bias, A, B, *rest), dropout_p > 0)
 
 
 def _lora_backward(
     g: Tensor, x: Tensor, weight: Tensor, weight_scale: Any, A: Tensor, B: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    route = routes.choose("backward", g, weight, A.shape[0], x.dtype, A.dtype, B.dtype)
-    return _BACKWARD[route](g, x, weight, weight_scale, A, B, *rest)
+    _, _, dropout_p, _, _ = rest
+    case = routes.case_of("backward", g, weight, A.shape[0], x.dtype, (A.dtype, B.dtype))
+    return routes.run(case, _BACKWARD, g.device, (g, x, weight, weight_scale, A, B, *rest), dropout_p > 0)
 
 
 def _lora_forward_fake(
@@ -159,7 +168,7 @@ class LoraLinear(registry.Function):
         pair = None if registry.watched(x, weight, A, B) else routes.native_pair(x, weight, out_dtype, A, B)
         if pair is not None:
             skinny = pair[0] == "skinny"
-            y, S = kernels.lora_forward(
+            y, S = kernels.of(x).lora_forward(
                 x, weight, weight_scale, bias, A, B, scaling, dropout_p, seed, out_dtype, skinny
             )
         else:
@@ -181,7 +190,9 @@ class LoraLinear(registry.Function):
         weight, weight_scale, _ = owner.operands()
         need_dx = ctx.needs_input_grad[0]
         if pair is not None and not registry.watched(g, weight):
-            dx, dA, dB = kernels.lora_backward(g, x, weight, weight_scale, A, B, S, scaling, dropout_p, seed, need_dx)
+            dx, dA, dB = kernels.of(g).lora_backward(
+                g, x, weight, weight_scale, A, B, S, scaling, dropout_p, seed, need_dx
+            )
         else:
             dx, dA, dB = torch.ops.pyadapt.lora_backward(
                 as_rows(g), as_rows(x), weight, weight_scale, A, B, S, scaling, dropout_p, seed, need_dx

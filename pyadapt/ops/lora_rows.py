@@ -212,6 +212,11 @@ def lora_rows_backward_reference(
 # --- ops: the frozen product by whichever route serves it, the low-rank passes native or plain ---
 
 
+def _native_serves(x: Tensor, *dtypes: torch.dtype) -> bool:
+    """There is a kernel for the CPU alone."""
+    return native.device_kind(x) == "cpu" and native_serves(x, *dtypes)
+
+
 def _dtypes(As: Sequence[Tensor], Bs: Sequence[Tensor]) -> set[torch.dtype]:
     return {matrix.dtype for matrices in (As, Bs) for matrix in matrices}
 
@@ -229,7 +234,7 @@ def _lora_rows_forward(
     seed: Tensor | None,
     out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    if not native_serves(x, x.dtype, out_dtype, *_dtypes(As, Bs)):
+    if not _native_serves(x, x.dtype, out_dtype, *_dtypes(As, Bs)):
         return lora_rows_forward_reference(
             x, weight, weight_scale, bias, As, Bs, scalings, dropouts, segments, seed, out_dtype, frozen_forward
         )
@@ -254,7 +259,7 @@ def _lora_rows_backward(
     seed: Tensor | None,
     need_dx: bool,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    if not native_serves(x, x.dtype, g.dtype, *_dtypes(As, Bs)):
+    if not _native_serves(x, x.dtype, g.dtype, *_dtypes(As, Bs)):
         return lora_rows_backward_reference(
             g, x, weight, weight_scale, As, Bs, scalings, dropouts, segments, S, seed, need_dx, frozen_dx
         )

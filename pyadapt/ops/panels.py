@@ -1,8 +1,10 @@
 """The ``library`` route: torch's own GEMM for the frozen products, the low-rank passes before and after it.
 
-An int8 W is widened a panel at a time into a buffer of about two megabytes, cut so that each panel gives finished
-columns of the product: nothing is summed in 16 bits, and no 16-bit copy of W ever exists. The integers are exact in
-bf16; the row scale multiplies y after the product, and g before it.
+An int8 W is widened a panel at a time into a buffer that the caches hold, cut so that each panel gives finished columns
+of the product: nothing is summed in 16 bits, and no 16-bit copy of W ever exists. In bf16 the panel holds the integers,
+which are exact, and the row scale multiplies y after the product and g before it. In fp16 such a product could overflow:
+there a forward panel holds W itself, and in dx g carries 128 times the scale (about the largest weight of the row), the
+panel the 128th of the integers.
 """
 
 from __future__ import annotations
@@ -14,42 +16,58 @@ from . import kernels
 from .philox import dropout
 from .routes import native_serves
 
-_PANEL_ELEMENTS = 1 << 20
+# About two megabytes for a CPU core's cache, sixteen for a GPU's.
+_PANEL_ELEMENTS, _PANEL_ELEMENTS_CUDA = 1 << 20, 1 << 23
 
 
-def _widen(q: Tensor, dtype: torch.dtype) -> Tensor:
-    """int8 to ``dtype``, laid out as q is."""
-    if not native_serves(q, dtype):
-        return q.to(dtype)
-    if q.stride(1) != 1:
-        return kernels.dequantize_rows(q.t(), None, dtype).t()
-    return kernels.dequantize_rows(q, None, dtype)
+def _widen(q: Tensor, scale: Tensor | None, dtype: torch.dtype, factor: float = 1.0) -> Tensor:
+    """q scale factor in ``dtype``, laid out as q is; a scale goes with rows."""
+    if q.stride(1) != 1 and scale is None:
+        return _widen(q.t(), None, dtype, factor).t()
+    if native_serves(q, dtype) and q.stride(1) == 1:
+        return kernels.of(q).dequantize_rows(q, scale, dtype, factor)
+    if scale is None:
+        return q.to(dtype) if factor == 1.0 else q.to(dtype) * factor
+    return (q.to(torch.float32) * (scale * factor)[:, None]).to(dtype)
 
 
-def _panel_width(length: int) -> int:
-    return max(64, _PANEL_ELEMENTS // max(length, 1) // 64 * 64)
+def _panel_width(tensor: Tensor, length: int) -> int:
+    elements = _PANEL_ELEMENTS_CUDA if tensor.is_cuda else _PANEL_ELEMENTS
+    return max(64, elements // max(length, 1) // 64 * 64)
 
 
-def times_weight_t(x: Tensor, weight: Tensor) -> Tensor:
-    """x W' in x's dtype, without the scale of an int8 W."""
-    if weight.dtype != torch.int8:
-        return torch.mm(x, weight.t())
+def _dx_factor(dtype: torch.dtype) -> float:
+    return 128.0 if dtype == torch.float16 else 1.0
+
+
+def times_weight_t(x: Tensor, weight: Tensor, weight_scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """x W' in x's dtype, and the scale (N,) that its columns still lack, if they do."""
+    if weight_scale is None:
+        return torch.mm(x, weight.t()), None
+    in_panel = weight_scale if x.dtype == torch.float16 else None
     N, K = weight.shape
     y = x.new_empty((x.shape[0], N))
-    for n in range(0, N, width := _panel_width(K)):
-        torch.mm(x, _widen(weight[n : n + width], x.dtype).t(), out=y[:, n : n + width])
-    return y
+    for n in range(0, N, width := _panel_width(x, K)):
+        columns = slice(n, n + width)
+        panel = _widen(weight[columns], None if in_panel is None else in_panel[columns], x.dtype)
+        torch.mm(x, panel.t(), out=y[:, columns])
+    return y, weight_scale if in_panel is None else None
 
 
-def times_weight(g: Tensor, weight: Tensor, weight_scale: Tensor | None) -> Tensor:
-    """g W in g's dtype; the scale of an int8 W goes into g, for it lies on the axis that is summed."""
-    if weight_scale is None:
-        return torch.mm(g, weight)
-    scaled = (g * weight_scale).to(g.dtype)
+def scaled_for_dx(g: Tensor, weight_scale: Tensor | None) -> Tensor:
+    """What ``times_weight`` multiplies in the place of g: over an int8 W the row scale lies on the axis that is summed."""
+    return g if weight_scale is None else (g * (weight_scale * _dx_factor(g.dtype))).to(g.dtype)
+
+
+def times_weight(left: Tensor, weight: Tensor) -> Tensor:
+    """g W in g's dtype for left = ``scaled_for_dx(g)``."""
+    if weight.dtype != torch.int8:
+        return torch.mm(left, weight)
     N, K = weight.shape
-    dx = g.new_empty((g.shape[0], K))
-    for k in range(0, K, width := _panel_width(N)):
-        torch.mm(scaled, _widen(weight[:, k : k + width], g.dtype), out=dx[:, k : k + width])
+    dx = left.new_empty((left.shape[0], K))
+    for k in range(0, K, width := _panel_width(left, N)):
+        panel = _widen(weight[:, k : k + width], None, left.dtype, 1.0 / _dx_factor(left.dtype))
+        torch.mm(left, panel, out=dx[:, k : k + width])
     return dx
 
 
@@ -58,9 +76,9 @@ def linear_forward(
 ) -> Tensor:
     """y = x W' scale + bias."""
     with torch.autocast(x.device.type, enabled=False):
-        y = times_weight_t(x, weight)
-        if weight_scale is not None:
-            y = y * weight_scale
+        y, lacking = times_weight_t(x, weight, weight_scale)
+        if lacking is not None:
+            y = y * lacking
         if bias is not None:
             y = y + bias
         return y.to(out_dtype)
@@ -69,7 +87,7 @@ def linear_forward(
 def linear_dx(g: Tensor, weight: Tensor, weight_scale: Tensor | None, x_dtype: torch.dtype) -> Tensor:
     """dx = g W."""
     with torch.autocast(g.device.type, enabled=False):
-        return times_weight(g, weight, weight_scale).to(x_dtype)
+        return times_weight(scaled_for_dx(g, weight_scale), weight).to(x_dtype)
 
 
 def lora_forward(
@@ -85,11 +103,12 @@ def lora_forward(
     out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """(y, S)."""
-    if native_serves(x, x.dtype):
-        S = kernels.shrink(x, A, dropout_p, seed)
-        with torch.autocast("cpu", enabled=False):
-            y = times_weight_t(x, weight).to(out_dtype)
-        return kernels.expand_(y, S, B, weight_scale, bias, scaling), S
+    if native_serves(x, x.dtype, out_dtype):
+        native = kernels.of(x)
+        S = native.shrink(x, A, dropout_p, seed)
+        with torch.autocast(x.device.type, enabled=False):
+            y, lacking = times_weight_t(x, weight, weight_scale)
+        return native.expand_(y.to(out_dtype), S, B, lacking, bias, scaling), S
     with torch.autocast(x.device.type, enabled=False):
         S = dropout(x.float(), seed, dropout_p) @ A.float().t()
         y = linear_forward(x, weight, weight_scale, bias, torch.float32)
@@ -111,10 +130,14 @@ def lora_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dx, dA, dB); dx is empty when it is not asked for."""
     dx = x.new_empty(0)
-    if native_serves(x, x.dtype):
-        dS, dA, dB = kernels.gradients(g, x, A, B, S, scaling, dropout_p, seed)
+    if native_serves(x, x.dtype, g.dtype):
+        native = kernels.of(x)
+        scale = weight_scale if need_dx else None
+        dS, dA, dB, left = native.gradients(g, x, A, B, S, scaling, dropout_p, seed, scale, _dx_factor(g.dtype))
         if need_dx:
-            dx = kernels.expand_dx_(linear_dx(g, weight, weight_scale, x.dtype), dS, A, dropout_p, seed)
+            with torch.autocast(x.device.type, enabled=False):
+                dx = times_weight(left, weight).to(x.dtype)
+            native.expand_dx_(dx, dS, A, dropout_p, seed)
         return dx, dA, dB
     with torch.autocast(x.device.type, enabled=False):
         wide = g.float()

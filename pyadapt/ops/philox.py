@@ -69,7 +69,7 @@ def dropout(x: Tensor, seed: Tensor | None, p: float) -> Tensor:
     if not 0.0 < p <= 1.0:
         raise ValueError(f"dropout_p is {p}; it must lie in [0, 1]")
     if seed is None:
-        raise ValueError(f"dropout_p is {p}, but no seed was given: pass a CPU int64 tensor of one element")
+        raise ValueError(f"dropout_p is {p}, but no seed was given: pass an int64 tensor of one element")
     kept = keep_mask(seed, p, x.shape[0], x.shape[1], x.device)
     # where, not a product: a dropped NaN or Inf is dropped.
     return torch.where(kept, x * survivor_scale(p), torch.zeros((), dtype=x.dtype, device=x.device))

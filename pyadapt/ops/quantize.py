@@ -44,14 +44,14 @@ def _refuse_rows(bad: Tensor) -> None:
 def _quantize_rows(w: Tensor) -> tuple[Tensor, Tensor]:
     if not routes.native_serves(w, w.dtype):
         return quantize_rows_reference(w)
-    q, scale = kernels.quantize_rows(w)
+    q, scale = kernels.of(w).quantize_rows(w)
     _refuse_rows(scale.isnan())
     return q, scale
 
 
 def _dequantize_rows(q: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    serve = kernels.dequantize_rows if routes.native_serves(q, dtype) else dequantize_rows_reference
-    return serve(q, scale, dtype)
+    serves = routes.native_serves(q, dtype) and q.stride(-1) == 1
+    return (kernels.of(q).dequantize_rows if serves else dequantize_rows_reference)(q, scale, dtype)
 
 
 registry.define(

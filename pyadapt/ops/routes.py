@@ -1,9 +1,12 @@
 """Which implementation serves an op: one table, in one place, that can be printed.
 
-- ``fused``: the native product engine, the low-rank term in the same tile.
+- ``fused``: the native product with the low-rank term in the same tile, on the CPU or on CUDA.
 - ``skinny``: the native streaming kernel of a few rows (decoding).
 - ``library``: torch's GEMM on W, or on panels of an int8 W, with the low-rank passes around it.
 - ``reference``: plain torch in fp32 (fp64 for fp64).
+
+On CUDA the table's answer between ``fused`` and ``library`` is a first guess: where it may, ``run`` measures both once a
+shape and remembers the faster one (``autotune.py``).
 
 ``PYADAPT_ROUTE=fused|library|reference`` forces one wherever it can serve. The reasons and the measurements behind the
 table are in docs/kernels.md.
@@ -13,9 +16,9 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,8 +26,11 @@ from torch import Tensor
 
 from pyadapt import native
 
+from . import autotune
+
 NATIVE = ("fused", "skinny")
 FORCIBLE = ("fused", "library", "reference")
+TUNED = ("fused", "library")
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # Up to this many rows of x the skinny kernel is the fastest: without AVX-512, with it, and with bf16 instructions over
@@ -34,31 +40,54 @@ SKINNY_ROWS, SKINNY_ROWS_AVX512, SKINNY_ROWS_BF16 = 32, 8, 2
 # nothing has to be widened, also from this many elements of W on.
 LIBRARY_PRODUCTS, LIBRARY_ELEMENTS_BF16 = 1 << 30, 1 << 21
 
+# On CUDA the skinny kernel streams W for up to this many rows, and torch's GEMM has matrix instructions of Hopper and
+# later that the fused kernel has not: guesses, for no GPU has measured them yet (docs/kernels.md).
+SKINNY_ROWS_CUDA, TUNED_ROWS, LIBRARY_ROWS_HOPPER = 16, 64, 512
+
 
 @dataclass(frozen=True)
 class Case:
     """One call, as far as the choice depends on it. In a backward, ``x`` is the gradient."""
 
     op: str  # "forward" or "backward"
-    device: str
+    device: str  # whose kernels would serve: "cpu", "cuda", ...
     x: torch.dtype
     weight: torch.dtype
-    others: tuple[torch.dtype, ...]  # adapters, output
+    out: torch.dtype  # of y, or of dx
+    adapters: tuple[torch.dtype, ...]
     weight_rows: bool  # whether W has unit stride along K
     M: int
     N: int
     K: int
     r: int
-    isa: str | None  # None: no native kernels
+    isa: str | None  # what native kernels run on: "avx512", "sm_90"; None: there are none
     library_bf16: bool  # whether torch's bf16 GEMM runs on bf16 instructions
 
     def dtypes_fit(self) -> bool:
-        """Whether the native kernels take these dtypes."""
+        """Whether some native kernel takes these dtypes."""
         return (
             self.x in KERNEL_DTYPES
             and (self.weight in KERNEL_DTYPES or self.weight == torch.int8)
-            and all(dtype in KERNEL_DTYPES for dtype in self.others)
+            and all(dtype in KERNEL_DTYPES for dtype in (self.out, *self.adapters))
         )
+
+    def cuda_fits(self) -> bool:
+        """Whether the CUDA kernels take this: one 16-bit dtype, which W has too or is int8."""
+        return (
+            self.dtypes_fit()
+            and self.x != torch.float32
+            and self.out == self.x
+            and self.weight in (self.x, torch.int8)
+            and (self.x != torch.bfloat16 or self.compute_capability() >= 80)
+        )
+
+    def compute_capability(self) -> int:
+        """75, 80, ... of a CUDA device with kernels; 0 otherwise."""
+        return int(self.isa.removeprefix("sm_")) if self.device == "cuda" and self.isa else 0
+
+    def tunable(self) -> bool:
+        """Whether measuring is worth its time: a few rows are bound by memory in any way."""
+        return self.device == "cuda" and self.M >= TUNED_ROWS
 
     def can(self, route: str) -> bool:
         """Whether a route can serve this case at all."""
@@ -66,7 +95,9 @@ class Case:
             return True
         if route == "library":
             return self.dtypes_fit() and self.weight in (self.x, torch.int8)
-        return self.device == "cpu" and self.isa is not None and self.dtypes_fit()
+        if self.isa is None:
+            return False
+        return self.dtypes_fit() if self.device == "cpu" else self.device == "cuda" and self.cuda_fits()
 
 
 @dataclass(frozen=True)
@@ -90,6 +121,10 @@ def _is_skinny(case: Case) -> bool:
     return case.op == "forward" and case.weight_rows and rows >= case.M
 
 
+def _is_skinny_on_cuda(case: Case) -> bool:
+    return case.op == "forward" and case.weight_rows and case.M <= SKINNY_ROWS_CUDA
+
+
 def _is_large(case: Case) -> bool:
     elements = case.N * case.K
     many = case.M * elements >= LIBRARY_PRODUCTS
@@ -104,12 +139,27 @@ RULES = (
     ),
     Rule(
         "library",
-        "a device without native kernels yet, 16-bit input: the library's GEMM in that dtype",
-        lambda case: case.device != "cpu" and case.x != torch.float32 and case.can("library"),
+        "a GPU without native kernels for this, 16-bit input: the library's GEMM in that dtype",
+        lambda case: case.device != "cpu" and not case.can("fused") and case.x != torch.float32 and case.can("library"),
     ),
     Rule(
         "reference",
-        "a device without native kernels yet",
+        "a GPU without native kernels for this: fp32 input, or dtypes that differ",
+        lambda case: case.device != "cpu" and not case.can("fused"),
+    ),
+    Rule(
+        "skinny",
+        "CUDA, forward of a few rows: W is streamed once",
+        lambda case: case.device != "cpu" and _is_skinny_on_cuda(case),
+    ),
+    Rule(
+        "library",
+        "CUDA from sm_90 on, many rows: the library's GEMM has matrix instructions that ours has not (tuned)",
+        lambda case: case.compute_capability() >= 90 and case.M >= LIBRARY_ROWS_HOPPER,
+    ),
+    Rule(
+        "fused",
+        "CUDA, everything else (tuned)",
         lambda case: case.device != "cpu",
     ),
     Rule(
@@ -140,29 +190,57 @@ RULES = (
 )
 
 
-def choose(op: str, x: Tensor, weight: Tensor, rank: int, *others: torch.dtype) -> str:
-    """The route of one call: x (M, K) in a forward, g (M, N) in a backward; ``others`` are further dtypes in play."""
-    return _choose_for(op, x, x.dtype, weight, rank, others)
-
-
-def _choose_for(
-    op: str, x: Tensor, dtype: torch.dtype, weight: Tensor, rank: int, others: tuple[torch.dtype, ...]
-) -> str:
+def case_of(
+    op: str, x: Tensor, weight: Tensor, rank: int, out: torch.dtype, adapters: tuple[torch.dtype, ...] = ()
+) -> Case:
+    """The case of one call: x (M, K) in a forward, g (M, N) in a backward; ``out`` is the dtype of y, or of dx."""
     N, K = weight.shape
-    return _choose(
-        op,
-        x.device.type,
-        dtype,
-        weight.dtype,
-        others,
-        weight.stride(1) == 1,
-        x.shape[:-1].numel(),
-        N,
-        K,
-        rank,
-        native.isa(),
-        _forced[-1] if _forced else _from_environment(),
+    return Case(
+        op=op,
+        device=native.device_kind(x),
+        x=x.dtype,
+        weight=weight.dtype,
+        out=out,
+        adapters=adapters,
+        weight_rows=weight.stride(1) == 1,
+        M=x.shape[:-1].numel(),
+        N=N,
+        K=K,
+        r=rank,
+        isa=isa_of(x),
+        library_bf16=library_has_bf16(),
     )
+
+
+def choose(case: Case) -> str:
+    """The route of a case by the table, or the forced one."""
+    return _choose(case, _forced_route())
+
+
+def run(
+    case: Case,
+    forms: Mapping[str, Callable[..., Any]],
+    device: torch.device,
+    arguments: tuple[Any, ...],
+    dropout: bool = False,
+) -> Any:
+    """Call the form of an op that serves a case best: by the table, or on CUDA by measurement."""
+    route = choose(case)
+    if case.tunable() and route in TUNED and device.type == "cuda" and _forced_route() is None:
+        candidates = {name: functools.partial(forms[name], *arguments) for name in TUNED if case.can(name)}
+        shape = (case.M, case.N, case.K, case.r)
+        key = autotune.key_of(case.op, case.x, case.weight, case.weight_rows, *shape, dropout)
+        measured = autotune.measurements(device).best(key, candidates, autotune.cuda_timer(device))
+        route = measured or route
+    return forms[route](*arguments)
+
+
+def isa_of(x: Tensor) -> str | None:
+    """What the native kernels for a tensor run on; None where there are none."""
+    kind = native.device_kind(x)
+    if kind == "cpu":
+        return native.isa()
+    return native.cuda_isa(x.device.index or 0) if kind == "cuda" else None
 
 
 # What `native_pair` found, by what it depends on: a layer comes with the same few cases again and again.
@@ -175,19 +253,22 @@ def native_pair(
 ) -> tuple[str, str] | None:
     """The routes of a layer's forward and backward on x (..., K) if both are native kernels, else None.
 
-    This is asked at each step of each layer, hence a key of what can be read off tensors cheaply.
+    None on CUDA too where ``run`` would measure. This is asked at each step of each layer, hence a key of what can be
+    read off tensors cheaply.
     """
     # N and r are in B's shape, K in x's.
     shape, dtypes = (weight.shape, ()) if A is None or B is None else (B.shape, (A.dtype, B.dtype))
-    key = (x.shape, x.dtype, x.is_cpu, shape, dtypes, weight.stride(), weight.dtype, out_dtype, native.isa())
+    key = (x.shape, x.dtype, x.device, shape, dtypes, weight.stride(), weight.dtype, out_dtype, isa_of(x))
     try:
         return _pairs[key]
     except KeyError:
         pass
     rank = 0 if A is None else A.shape[0]
-    forward = _choose_for("forward", x, x.dtype, weight, rank, (*dtypes, out_dtype))
-    backward = _choose_for("backward", x, out_dtype, weight, rank, (x.dtype, *dtypes))
-    pair = (forward, backward) if forward in NATIVE and backward in NATIVE else None
+    forward = case_of("forward", x, weight, rank, out_dtype, dtypes)
+    backward = replace(forward, op="backward", x=out_dtype, out=x.dtype)
+    found = choose(forward), choose(backward)
+    measured = x.is_cuda and forward.tunable()
+    pair = found if found[0] in NATIVE and found[1] in NATIVE and not measured else None
     if len(_pairs) >= _MOST_PAIRS:
         _pairs.clear()
     _pairs[key] = pair
@@ -195,28 +276,20 @@ def native_pair(
 
 
 def native_serves(tensor: Tensor, *dtypes: torch.dtype) -> bool:
-    """Whether native kernels take a CPU tensor, for the passes that have one native form only."""
-    forced = _forced[-1] if _forced else _from_environment()
-    fit = tensor.device.type == "cpu" and all(dtype in KERNEL_DTYPES for dtype in dtypes)
-    return fit and forced != "reference" and native.available()
+    """Whether native kernels take a tensor, for the passes that have one native form only.
+
+    On the CPU any floating dtypes, on CUDA one of 16 bits.
+    """
+    if _forced_route() == "reference" or isa_of(tensor) is None:
+        return False
+    if native.device_kind(tensor) == "cpu":
+        return all(dtype in KERNEL_DTYPES for dtype in dtypes)
+    half = (torch.float16,) if isa_of(tensor) == "sm_75" else (torch.float16, torch.bfloat16)
+    return all(dtype in half and dtype == dtypes[0] for dtype in dtypes)
 
 
 @functools.lru_cache(maxsize=4096)
-def _choose(
-    op: str,
-    device: str,
-    x: torch.dtype,
-    weight: torch.dtype,
-    others: tuple[torch.dtype, ...],
-    weight_rows: bool,
-    M: int,
-    N: int,
-    K: int,
-    r: int,
-    isa: str | None,
-    forced: str | None,
-) -> str:
-    case = Case(op, device, x, weight, others, weight_rows, M, N, K, r, isa, library_has_bf16())
+def _choose(case: Case, forced: str | None) -> str:
     if forced is not None and case.can(forced):
         return forced
     return explain(case).route
@@ -224,9 +297,9 @@ def _choose(
 
 def predict(op: str, device: str, x: torch.dtype, weight: torch.dtype, M: int, N: int, K: int, r: int) -> Rule:
     """The rule that a call of these dtypes and sizes would fall under, fp32 adapters assumed; for reports and plans."""
-    isa = native.isa() if device == "cpu" else None
-    case = Case(op, device, x, weight, (torch.float32,), True, M, N, K, r, isa, library_has_bf16())
-    forced_route = _forced[-1] if _forced else _from_environment()
+    isa = native.isa() if device == "cpu" else native.cuda_isa() if device == "cuda" else None
+    case = Case(op, device, x, weight, x, (torch.float32,), True, M, N, K, r, isa, library_has_bf16())
+    forced_route = _forced_route()
     if forced_route is not None and case.can(forced_route):
         return Rule(forced_route, "forced", lambda case: True)
     return explain(case)
@@ -259,6 +332,10 @@ def _cpu_has_bf16() -> bool:
 # --- forcing a route ---
 
 _forced: list[str] = []
+
+
+def _forced_route() -> str | None:
+    return _forced[-1] if _forced else _from_environment()
 
 
 @functools.cache

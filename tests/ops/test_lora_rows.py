@@ -159,7 +159,7 @@ def test_routes(isa, route, weight_dtype):
 @pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)
 def test_plain_torch(monkeypatch, pattern):
     """Where no native kernels are, and in fp64."""
-    monkeypatch.setattr(lora_rows, "native_serves", lambda *given: False)
+    monkeypatch.setattr(lora_rows, "_native_serves", lambda *given: False)
     check(make_batch(pattern, dropouts=(0.3, 0.0)))
     check(make_batch(pattern, dtype=F64, adapter_dtypes=(F64,), dropouts=(0.3, 0.0)))
 
@@ -308,7 +308,7 @@ BAD_SEGMENTS = {
 def implementation(request, monkeypatch):
     """Both forms of the op must say it."""
     if request.param == "plain torch":
-        monkeypatch.setattr(lora_rows, "native_serves", lambda *given: False)
+        monkeypatch.setattr(lora_rows, "_native_serves", lambda *given: False)
     else:
         request.getfixturevalue("needs_native")
 

@@ -21,7 +21,7 @@ from torch.utils.dlpack import to_dlpack
 
 from ops.oracle import make_layer
 from pyadapt import native
-from pyadapt.ops import kernels
+from pyadapt.ops.kernels import cpu as kernels
 
 pytestmark = pytest.mark.usefixtures("needs_native")
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="waits for Linux: reads ELF files and /proc")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pyadapt.ops import kernels
+from pyadapt.ops.kernels import cpu as kernels
 from pyadapt.ops.philox import dropout, keep_mask, philox4x32
 
 # Philox4x32-10 of Random123's kat_vectors: counter, key, result.

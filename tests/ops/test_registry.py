@@ -13,7 +13,8 @@ from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ops.oracle import Owner, make_layer
-from pyadapt.ops import kernels, registry, routes
+from pyadapt.ops import registry, routes
+from pyadapt.ops.kernels import cpu as kernels
 from pyadapt.ops.linear import FrozenLinear
 from pyadapt.ops.lora import LoraLinear
 
@@ -25,15 +26,29 @@ LORA_OPS = ["pyadapt::lora_forward", "pyadapt::lora_backward"]
 
 @pytest.fixture
 def direct(monkeypatch):
-    """The kernels that were called without the dispatcher, by name: an op has its kernels from its own table."""
-    called = []
+    """The kernels that were called without the dispatcher, by name: an op goes through ``routes.run``."""
+    called, in_op = [], []
 
     def watch(name):
         kernel = getattr(kernels, name)
-        monkeypatch.setattr(kernels, name, lambda *arguments: called.append(name) or kernel(*arguments))
+
+        def watched(*arguments):
+            if not in_op:
+                called.append(name)
+            return kernel(*arguments)
+
+        monkeypatch.setattr(kernels, name, watched)
+
+    def run(*arguments, run=routes.run):
+        in_op.append(True)
+        try:
+            return run(*arguments)
+        finally:
+            in_op.pop()
 
     for name in KERNELS:
         watch(name)
+    monkeypatch.setattr(routes, "run", run)
     return called
 
 

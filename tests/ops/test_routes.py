@@ -11,7 +11,7 @@ import torch
 from ops.test_native import run_python
 from pyadapt.ops import routes
 
-F32, BF16, I8, F64 = torch.float32, torch.bfloat16, torch.int8, torch.float64
+F32, F16, BF16, I8, F64 = torch.float32, torch.float16, torch.bfloat16, torch.int8, torch.float64
 
 # A machine with native kernels and no bf16 instructions, in the middle of a training step.
 USUAL = routes.Case(
@@ -19,7 +19,8 @@ USUAL = routes.Case(
     device="cpu",
     x=BF16,
     weight=BF16,
-    others=(F32,),
+    out=BF16,
+    adapters=(F32, F32),
     weight_rows=True,
     M=512,
     N=2048,
@@ -35,11 +36,24 @@ USUAL = routes.Case(
     [
         ({}, "fused"),
         ({"x": F64, "weight": F64}, "reference"),
-        ({"others": (F64,)}, "reference"),
+        ({"adapters": (F32, F64)}, "reference"),
         ({"x": torch.complex64}, "reference"),
-        ({"device": "cuda"}, "library"),
-        ({"device": "cuda", "weight": I8}, "library"),
-        ({"device": "cuda", "x": F32, "weight": F32}, "reference"),
+        ({"device": "cuda", "isa": None}, "library"),
+        ({"device": "cuda", "isa": None, "weight": I8}, "library"),
+        ({"device": "cuda", "isa": None, "x": F32, "weight": F32}, "reference"),
+        ({"device": "xpu", "isa": None}, "library"),
+        ({"device": "cuda", "isa": "sm_80"}, "fused"),
+        ({"device": "cuda", "isa": "sm_80", "weight": I8}, "fused"),
+        ({"device": "cuda", "isa": "sm_80", "weight": F32}, "reference"),
+        ({"device": "cuda", "isa": "sm_80", "out": F32}, "library"),
+        ({"device": "cuda", "isa": "sm_80", "x": F32, "weight": F32, "out": F32}, "reference"),
+        ({"device": "cuda", "isa": "sm_80", "M": 16}, "skinny"),
+        ({"device": "cuda", "isa": "sm_80", "M": 16, "op": "backward"}, "fused"),
+        ({"device": "cuda", "isa": "sm_80", "M": 16, "weight_rows": False}, "fused"),
+        ({"device": "cuda", "isa": "sm_75"}, "library"),
+        ({"device": "cuda", "isa": "sm_75", "x": F16, "weight": I8, "out": F16}, "fused"),
+        ({"device": "cuda", "isa": "sm_90"}, "library"),
+        ({"device": "cuda", "isa": "sm_90", "M": 511}, "fused"),
         ({"isa": None}, "reference"),
         ({"isa": None, "library_bf16": True}, "library"),
         ({"isa": None, "library_bf16": True, "weight": F32}, "reference"),
@@ -77,17 +91,21 @@ def test_the_table_prints():
     assert all(reason for _, reason in rows)
 
 
+def choose(x, weight):
+    return routes.choose(routes.case_of("forward", x, weight, 4, F32, (F32, F32)))
+
+
 @pytest.mark.usefixtures("needs_native")
 def test_forcing():
     x, weight = torch.zeros(50, 8, dtype=BF16), torch.zeros(6, 8, dtype=BF16)
     for route in routes.FORCIBLE:
         with routes.forced(route):
-            assert routes.choose("forward", x, weight, 4, F32) == route
+            assert choose(x, weight) == route
     # Where the forced route cannot serve, the table decides.
     with routes.forced("library"):
-        assert routes.choose("forward", x, weight.float(), 4, F32) == "fused"
+        assert choose(x, weight.float()) == "fused"
     with routes.forced("fused"):
-        assert routes.choose("forward", x.double(), weight.double(), 4, F64) == "reference"
+        assert choose(x.double(), weight.double()) == "reference"
 
 
 def test_unknown_route():
@@ -98,7 +116,7 @@ def test_unknown_route():
 CHOOSE = """
 import torch
 from pyadapt.ops import routes
-print(routes.choose("forward", torch.zeros(50, 8), torch.zeros(6, 8), 0))
+print(routes.choose(routes.case_of("forward", torch.zeros(50, 8), torch.zeros(6, 8), 0, torch.float32)))
 """
 
 

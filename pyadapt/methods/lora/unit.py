@@ -201,7 +201,7 @@ class LinearUnit(LoraUnit):
         if not all(type(unit) is LinearUnit and unit.is_no_more_than_factors() for unit in units):
             return AdapterUnit.run_by_row(rows, owner, x, *args, **kwargs)
         dropouts = [unit.dropout if unit.training else 0.0 for unit in units]
-        seed = draw_seed() if any(dropouts) else None
+        seed = draw_seed(x) if any(dropouts) else None
         matrices = [unit.lora_A for unit in units] + [unit.lora_B for unit in units]
         segments = rows.segments(x.shape[:-1].numel())
         scalings = [unit.scaling for unit in units]
@@ -216,7 +216,7 @@ class LinearUnit(LoraUnit):
         if A is None or has_more or y is not None or owner.live_bias is not None:
             return self._forward_with_all(x, owner, y, with_bias)
         p = self.dropout if self.training else 0.0
-        seed = draw_seed() if p > 0 else None
+        seed = draw_seed(x) if p > 0 else None
         return LoraLinear.apply(x, A, own["lora_B"], owner, self.scaling, p, seed, output_dtype(x), with_bias)
 
     def _forward_with_all(self, x: Tensor, owner: AdaptedLayer, y: Tensor | None, with_bias: bool) -> Tensor:
@@ -232,7 +232,7 @@ class LinearUnit(LoraUnit):
         if self.lora_bias is not None:
             beside.append(self.scaling * self.lora_bias)
         if y is None:
-            seed = draw_seed() if p > 0 else None
+            seed = draw_seed(x) if p > 0 else None
             # A bias that is trained is added where autograd sees it.
             trained = owner.live_bias is not None
             y = LoraLinear.apply(x, A, B, owner, self.scaling, p, seed, output_dtype(x), with_bias and not trained)

@@ -1,4 +1,4 @@
-"""The native CPU kernels as functions of tensors: outputs are allocated here, everything is checked over there.
+"""The CPU kernels as functions of tensors: outputs are allocated here, everything is checked over there.
 
 Operands may have any row stride; what lacks a unit stride (an expanded gradient, say) is copied for the call. x and g
 of a whole layer may have any leading dimensions, which y and dx then have too.
@@ -160,8 +160,10 @@ def gradients(
     scaling: float,
     dropout_p: float,
     seed: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(dS, dA, dB) = (s g B, dS' drop(x), s g' S)."""
+    weight_scale: Tensor | None = None,
+    factor: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(dS, dA, dB, g scale factor) = (s g B, dS' drop(x), s g' S, ...); without a scale the last is g."""
     dS = _new_like(S)
     dA, dB = _new_like(A), _new_like(B)
     _core().lora_gradients(
@@ -178,7 +180,8 @@ def gradients(
         seed,
         get_num_threads(),
     )
-    return dS, dA, dB
+    scaled_g = g if weight_scale is None else (g * (weight_scale * factor)).to(g.dtype)
+    return dS, dA, dB, scaled_g
 
 
 def expand_dx_(dx: Tensor, dS: Tensor, A: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor:
@@ -195,8 +198,10 @@ def quantize_rows(w: Tensor) -> tuple[Tensor, Tensor]:
     return q, scale
 
 
-def dequantize_rows(q: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """q scale; with no scale the integers themselves."""
+def dequantize_rows(q: Tensor, scale: Tensor | None, dtype: torch.dtype, factor: float = 1.0) -> Tensor:
+    """q scale factor, rounded once; with no scale the integers times the factor, a power of two."""
+    if factor != 1.0:
+        scale = q.new_full(q.shape[:1], factor, dtype=torch.float32) if scale is None else scale * factor
     out = q.new_empty(q.shape, dtype=dtype)
     _core().dequantize_rows(q, scale, out, get_num_threads())
     return out

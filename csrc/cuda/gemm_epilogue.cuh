@@ -1,0 +1,209 @@
+// What follows the depth loop, on sums that have been settled: the scale of the columns, the low-rank term, bias, out.
+#pragma once
+
+#include "gemm_tile.cuh"
+#include "philox.cuh"
+
+namespace pyadapt::cuda::gemm_parts {
+
+constexpr int rank_step = 16;
+using RankRow = Panel<1, rank_step * 4>;  // of low_left or low_right in shared memory, in fp32
+
+// For the columns of a tile, in shared memory beside the panels.
+template <class Tile>
+struct alignas(16) ColumnTerms {
+    float factor[Tile::columns], bias[Tile::columns];
+};
+
+template <class T, bool exchanged, class Tile>
+struct Epilogue {
+    static constexpr int pairs = Tile::across / 2;
+    // Of low_left and low_right. They take the place of the panels.
+    static constexpr int shared_bytes = (Tile::rows + Tile::columns) * RankRow::row_bytes;
+
+    const Gemm& product;
+    int row0, column0;        // the tile's corner
+    int rows, columns;        // from there on
+    bool wide;                // out takes four elements at once
+
+    Place<Tile> place;
+    unsigned g = place.lane / 4, t = place.lane % 4;
+
+    // This lane's places in the tile: row h of slab i, and the first of the four columns of pair p.
+    __device__ __forceinline__ int row(int i, int h) const { return place.row + 16 * i + 8 * h + g; }
+    __device__ __forceinline__ int column(int p) const { return place.column + 16 * p + 4 * group_of_lane<exchanged>(t); }
+    static __device__ __forceinline__ float& at(Accumulators<Tile>& sums, int i, int h, int p, int c) {
+        return sums[i][2 * p + c / 2][2 * h + c % 2];
+    }
+
+    // f(i, h, p, of_out) for each four elements of this lane that begin inside out.
+    template <class Function>
+    __device__ __forceinline__ void each_four(Function f) const {
+        T* line = static_cast<T*>(product.out) + (row0 + std::int64_t(row(0, 0))) * product.out_stride + column0 + column(0);
+#pragma unroll
+        for (int i = 0; i < Tile::down; ++i)
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+#pragma unroll
+                for (int p = 0; p < pairs; ++p)
+                    if (row(i, h) < rows && column(p) < columns) f(i, h, p, line + 16 * p);
+                line += 8 * product.out_stride;
+            }
+    }
+    __device__ __forceinline__ bool whole(int p) const { return wide && columns - column(p) >= 4; }
+
+    __device__ __forceinline__ void add_out(Accumulators<Tile>& sums) const {
+        each_four([&](int i, int h, int p, const T* from) {
+            if (whole(p)) {
+                const uint2 words = *reinterpret_cast<const uint2*>(from);
+                const float2 first = unpack<T>(words.x), second = unpack<T>(words.y);
+                at(sums, i, h, p, 0) += first.x, at(sums, i, h, p, 1) += first.y;
+                at(sums, i, h, p, 2) += second.x, at(sums, i, h, p, 3) += second.y;
+            } else {
+#pragma unroll
+                for (int c = 0; c < 4; ++c)
+                    if (c < columns - column(p)) at(sums, i, h, p, c) += to_float(from[c]);
+            }
+        });
+    }
+
+    // What each column is multiplied by, and its bias. Called before the depth loop, which hides the way of the loads.
+    __device__ __forceinline__ void stage_columns(ColumnTerms<Tile>& terms) const {
+        for (int n = threadIdx.x; n < Tile::columns; n += Tile::threads) {
+            float factor = product.alpha, bias = 0;
+            if (n < columns) {
+                const std::int64_t column = std::int64_t(column0) + n;
+                if (product.column_scale) factor *= product.column_scale[column];
+                if (product.bias) bias = load_element(product.bias, product.bias_dtype, column);
+            }
+            terms.factor[n] = factor;
+            terms.bias[n] = bias;
+        }
+    }
+
+    __device__ __forceinline__ void scale_columns(Accumulators<Tile>& sums, const ColumnTerms<Tile>& terms) const {
+#pragma unroll
+        for (int p = 0; p < pairs; ++p) {
+            const float4 factor = *reinterpret_cast<const float4*>(terms.factor + column(p));
+#pragma unroll
+            for (int i = 0; i < Tile::down; ++i)
+#pragma unroll
+                for (int h = 0; h < 2; ++h) {
+                    at(sums, i, h, p, 0) *= factor.x, at(sums, i, h, p, 1) *= factor.y;
+                    at(sums, i, h, p, 2) *= factor.z, at(sums, i, h, p, 3) *= factor.w;
+                }
+        }
+    }
+
+    // Which of this lane's elements survive: four bits for each call of Philox, in the order of each_four. A loop, not
+    // sixteen copies of the generator.
+    __device__ __forceinline__ std::uint64_t survivors() const {
+        constexpr int calls = Tile::down * 2 * pairs;
+        static_assert(calls <= 16);
+        const Philox philox = philox_of(product.dropout);
+        std::uint64_t bits = 0;
+#pragma unroll 1
+        for (int call = 0; call < calls; ++call) {
+            const std::uint64_t m = std::uint64_t(row0) + row(call / pairs / 2, call / pairs % 2);
+            const std::uint32_t n = std::uint32_t(column0) + column(call % pairs);
+            const uint4 draws = philox(m, n / 4);
+            const unsigned four = kept(product.dropout, draws.x) | kept(product.dropout, draws.y) << 1 |
+                                  kept(product.dropout, draws.z) << 2 | kept(product.dropout, draws.w) << 3;
+            bits = bits >> 4 | std::uint64_t(four) << 60;
+        }
+        return bits >> (64 - 4 * calls);
+    }
+
+    // Ranks first .. first + 15 of `count` rows from `corner` on, times the factor and rounded for the tensor cores; zeros
+    // outside. Threads go along the unit stride, a thread from one 16 x 16 block to the next: one address, and several
+    // loads on their way.
+    template <int count, bool fragment_order>
+    __device__ __forceinline__ void stage(unsigned char* shared, const Matrix& from, int corner, int inside, int first,
+                                          float factor) const {
+        constexpr int share = rank_step * rank_step / Tile::threads;  // ranks of a thread in a block
+        const bool along_rows = from.row_stride == 1;
+        const unsigned row = along_rows ? threadIdx.x % 16 : threadIdx.x / (16 / share);
+        const unsigned rank = share * (along_rows ? threadIdx.x / 16 : threadIdx.x % (16 / share));
+        const unsigned kept_at = fragment_order ? fragment_column<exchanged>(row) : row;
+        std::int64_t index = (corner + std::int64_t(row)) * from.row_stride + (first + std::int64_t(rank)) * from.column_stride;
+#pragma unroll 4
+        for (unsigned block = 0; block < count; block += 16) {
+#pragma unroll
+            for (unsigned s = 0; s < share; ++s) {
+                float value = 0;
+                if (int(block + row) < inside && int(rank + s) < product.rank - first)
+                    value = factor * load_element(from.data, from.dtype, index + s * from.column_stride);
+                *rank_element(shared, block + kept_at, rank + s) = round_tf32(value);
+            }
+            index += 16 * from.row_stride;
+        }
+    }
+    static __device__ __forceinline__ float* rank_element(unsigned char* shared, unsigned row, unsigned r) {
+        return reinterpret_cast<float*>(shared + RankRow::offset(row, r / 4)) + r % 4;
+    }
+
+    // slab += the staged ranks' term in the rows of slab i. The order within the sum is free: lane t takes the ranks from
+    // 4t on, two for each of two steps.
+    __device__ __forceinline__ void multiply(float (&slab)[Tile::across][4], const unsigned char* shared, int i) const {
+        const float4 upper = ranks_of_lane(shared, row(i, 0)), lower = ranks_of_lane(shared, row(i, 1));
+#pragma unroll
+        for (int j = 0; j < Tile::across; ++j) {
+            const float4 b = ranks_of_lane(shared, Tile::rows + place.column + 8 * j + g);
+            mma_16x8x8(slab[j], {upper.x, lower.x, upper.y, lower.y}, {b.x, b.y});
+            mma_16x8x8(slab[j], {upper.z, lower.z, upper.w, lower.w}, {b.z, b.w});
+        }
+    }
+    __device__ __forceinline__ float4 ranks_of_lane(const unsigned char* shared, unsigned row) const {
+        return *reinterpret_cast<const float4*>(shared + RankRow::offset(row, t));
+    }
+
+    __device__ __forceinline__ void add_low_rank(Accumulators<Tile>& sums, unsigned char* shared) const {
+        const bool dropout = product.dropout.threshold != 0;
+        const float factor = product.low_scale * product.dropout.scale;
+        const std::uint64_t mask = dropout ? survivors() : 0;
+        for (int first = 0; first < product.rank; first += rank_step) {
+            __syncthreads();  // all have read what lies there
+            const Matrix low_left = {product.low_left, DType::f32, product.rank, 1};
+            stage<Tile::rows, false>(shared, low_left, row0, rows, first, 1);
+            stage<Tile::columns, true>(shared + Tile::rows * RankRow::row_bytes, product.low_right, column0, columns, first,
+                                       factor);
+            __syncthreads();
+#pragma unroll
+            for (int i = 0; i < Tile::down; ++i) {
+                if (!dropout) {
+                    multiply(sums[i], shared, i);
+                    continue;
+                }
+                // The mask falls on each step's part alone: a sum of masked parts is the masked sum.
+                float slab[Tile::across][4] = {};
+                multiply(slab, shared, i);
+#pragma unroll
+                for (int h = 0; h < 2; ++h)
+#pragma unroll
+                    for (int p = 0; p < pairs; ++p)
+#pragma unroll
+                        for (int c = 0; c < 4; ++c)
+                            if (mask >> (((i * 2 + h) * pairs + p) * 4 + c) & 1)
+                                at(sums, i, h, p, c) += slab[2 * p + c / 2][2 * h + c % 2];
+            }
+        }
+    }
+
+    // out = sums + bias, rounded once.
+    __device__ __forceinline__ void store(Accumulators<Tile>& sums, const ColumnTerms<Tile>& terms) const {
+        each_four([&](int i, int h, int p, T* to) {
+            const float4 bias = *reinterpret_cast<const float4*>(terms.bias + column(p));
+            const T rounded[4] = {from_float<T>(at(sums, i, h, p, 0) + bias.x), from_float<T>(at(sums, i, h, p, 1) + bias.y),
+                                  from_float<T>(at(sums, i, h, p, 2) + bias.z), from_float<T>(at(sums, i, h, p, 3) + bias.w)};
+            if (whole(p)) {
+                *reinterpret_cast<uint2*>(to) = make_uint2(pack(rounded[0], rounded[1]), pack(rounded[2], rounded[3]));
+            } else {
+#pragma unroll
+                for (int c = 0; c < 4; ++c)
+                    if (c < columns - column(p)) to[c] = rounded[c];
+            }
+        });
+    }
+};
+
+}  // namespace pyadapt::cuda::gemm_parts
