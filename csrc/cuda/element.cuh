@@ -50,8 +50,8 @@ __device__ __forceinline__ float2 unpack(std::uint32_t word) {
     static_assert(sizeof(T) == 2);
     const unsigned short bits[2] = {static_cast<unsigned short>(word), static_cast<unsigned short>(word >> 16)};
     T low, high;
-    memcpy(&low, bits, 2);
-    memcpy(&high, bits + 1, 2);
+    memcpy(static_cast<void*>(&low), bits, 2);
+    memcpy(static_cast<void*>(&high), bits + 1, 2);
     return {to_float(low), to_float(high)};
 }
 

@@ -69,16 +69,17 @@ struct Epilogue {
 
     // What each column is multiplied by, and its bias. Called before the depth loop, which hides the way of the loads.
     __device__ __forceinline__ void stage_columns(ColumnTerms<Tile>& terms) const {
-        for (int n = threadIdx.x; n < Tile::columns; n += Tile::threads) {
-            float factor = product.alpha, bias = 0;
-            if (n < columns) {
-                const std::int64_t column = std::int64_t(column0) + n;
-                if (product.column_scale) factor *= product.column_scale[column];
-                if (product.bias) bias = load_element(product.bias, product.bias_dtype, column);
-            }
-            terms.factor[n] = factor;
-            terms.bias[n] = bias;
+        static_assert(Tile::columns <= Tile::threads);
+        const int n = threadIdx.x;
+        if (n >= Tile::columns) return;
+        float factor = product.alpha, bias = 0;
+        if (n < columns) {
+            const std::int64_t column = std::int64_t(column0) + n;
+            if (product.column_scale) factor *= product.column_scale[column];
+            if (product.bias) bias = load_element(product.bias, product.bias_dtype, column);
         }
+        terms.factor[n] = factor;
+        terms.bias[n] = bias;
     }
 
     __device__ __forceinline__ void scale_columns(Accumulators<Tile>& sums, const ColumnTerms<Tile>& terms) const {
@@ -125,6 +126,10 @@ struct Epilogue {
         const unsigned row = along_rows ? threadIdx.x % 16 : threadIdx.x / (16 / share);
         const unsigned rank = share * (along_rows ? threadIdx.x / 16 : threadIdx.x % (16 / share));
         const unsigned kept_at = fragment_order ? fragment_column<exchanged>(row) : row;
+        float* to[share];
+#pragma unroll
+        for (unsigned s = 0; s < share; ++s)
+            to[s] = reinterpret_cast<float*>(shared + RankRow::offset(kept_at, (rank + s) / 4)) + (rank + s) % 4;
         std::int64_t index = (corner + std::int64_t(row)) * from.row_stride + (first + std::int64_t(rank)) * from.column_stride;
 #pragma unroll 4
         for (unsigned block = 0; block < count; block += 16) {
@@ -133,58 +138,56 @@ struct Epilogue {
                 float value = 0;
                 if (int(block + row) < inside && int(rank + s) < product.rank - first)
                     value = factor * load_element(from.data, from.dtype, index + s * from.column_stride);
-                *rank_element(shared, block + kept_at, rank + s) = round_tf32(value);
+                to[s][RankRow::below(block) / sizeof(float)] = round_tf32(value);
             }
             index += 16 * from.row_stride;
         }
     }
-    static __device__ __forceinline__ float* rank_element(unsigned char* shared, unsigned row, unsigned r) {
-        return reinterpret_cast<float*>(shared + RankRow::offset(row, r / 4)) + r % 4;
-    }
 
-    // slab += the staged ranks' term in the rows of slab i. The order within the sum is free: lane t takes the ranks from
-    // 4t on, two for each of two steps.
-    __device__ __forceinline__ void multiply(float (&slab)[Tile::across][4], const unsigned char* shared, int i) const {
-        const float4 upper = ranks_of_lane(shared, row(i, 0)), lower = ranks_of_lane(shared, row(i, 1));
+    // f(i, j, upper, lower, b) for each fragment of this warp, with its operands among the staged ranks: rows g and g + 8 on
+    // the left, column g on the right. The order within the sum is free: lane t has the ranks from 4t on, two for each of
+    // two steps.
+    template <class Function>
+    __device__ __forceinline__ void each_fragment(const unsigned char* shared, Function f) const {
+        const unsigned char* lane = shared + RankRow::offset(g, t);
+        const auto load = [&](unsigned row) { return *reinterpret_cast<const float4*>(lane + RankRow::below(row)); };
 #pragma unroll
-        for (int j = 0; j < Tile::across; ++j) {
-            const float4 b = ranks_of_lane(shared, Tile::rows + place.column + 8 * j + g);
-            mma_16x8x8(slab[j], {upper.x, lower.x, upper.y, lower.y}, {b.x, b.y});
-            mma_16x8x8(slab[j], {upper.z, lower.z, upper.w, lower.w}, {b.z, b.w});
+        for (int i = 0; i < Tile::down; ++i) {
+            const float4 upper = load(place.row + 16 * i), lower = load(place.row + 16 * i + 8);
+#pragma unroll
+            for (int j = 0; j < Tile::across; ++j) f(i, j, upper, lower, load(Tile::rows + place.column + 8 * j));
         }
     }
-    __device__ __forceinline__ float4 ranks_of_lane(const unsigned char* shared, unsigned row) const {
-        return *reinterpret_cast<const float4*>(shared + RankRow::offset(row, t));
+    static __device__ __forceinline__ void multiply(float (&part)[4], float4 upper, float4 lower, float4 b) {
+        mma_16x8x8(part, {upper.x, lower.x, upper.y, lower.y}, {b.x, b.y});
+        mma_16x8x8(part, {upper.z, lower.z, upper.w, lower.w}, {b.z, b.w});
     }
 
     __device__ __forceinline__ void add_low_rank(Accumulators<Tile>& sums, unsigned char* shared) const {
         const bool dropout = product.dropout.threshold != 0;
-        const float factor = product.low_scale * product.dropout.scale;
         const std::uint64_t mask = dropout ? survivors() : 0;
+        const Matrix low_left = {product.low_left, DType::f32, product.rank, 1};
         for (int first = 0; first < product.rank; first += rank_step) {
             __syncthreads();  // all have read what lies there
-            const Matrix low_left = {product.low_left, DType::f32, product.rank, 1};
             stage<Tile::rows, false>(shared, low_left, row0, rows, first, 1);
             stage<Tile::columns, true>(shared + Tile::rows * RankRow::row_bytes, product.low_right, column0, columns, first,
-                                       factor);
+                                       product.low_scale * product.dropout.scale);
             __syncthreads();
-#pragma unroll
-            for (int i = 0; i < Tile::down; ++i) {
-                if (!dropout) {
-                    multiply(sums[i], shared, i);
-                    continue;
-                }
+            if (dropout) {
                 // The mask falls on each step's part alone: a sum of masked parts is the masked sum.
-                float slab[Tile::across][4] = {};
-                multiply(slab, shared, i);
+                each_fragment(shared, [&](int i, int j, float4 upper, float4 lower, float4 b) {
+                    float part[4] = {};
+                    multiply(part, upper, lower, b);
 #pragma unroll
-                for (int h = 0; h < 2; ++h)
-#pragma unroll
-                    for (int p = 0; p < pairs; ++p)
-#pragma unroll
-                        for (int c = 0; c < 4; ++c)
-                            if (mask >> (((i * 2 + h) * pairs + p) * 4 + c) & 1)
-                                at(sums, i, h, p, c) += slab[2 * p + c / 2][2 * h + c % 2];
+                    for (int e = 0; e < 4; ++e) {
+                        const int call = (i * 2 + e / 2) * pairs + j / 2;
+                        if (mask >> (4 * call + j % 2 * 2 + e % 2) & 1) sums[i][j][e] += part[e];
+                    }
+                });
+            } else {
+                each_fragment(shared, [&](int i, int j, float4 upper, float4 lower, float4 b) {
+                    multiply(sums[i][j], upper, lower, b);
+                });
             }
         }
     }

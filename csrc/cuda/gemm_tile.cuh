@@ -40,6 +40,9 @@ struct Panel {
     static __device__ __forceinline__ unsigned offset(unsigned row, unsigned chunk) {
         return row * row_bytes + 16 * (chunk ^ row / (8 / spread) % spread);
     }
+    // From a chunk to the one so many rows further down, a multiple of 8: the same for all, so that a thread keeps one
+    // address for all its fragments.
+    static __device__ __forceinline__ unsigned below(unsigned rows_of_8) { return rows_of_8 * row_bytes; }
 };
 
 // The panel of the right operand: (columns, depth), or (depth, columns) where that is how it is stored.
@@ -116,14 +119,14 @@ struct Multiplier {
     static __device__ __forceinline__ void load_right(std::uint32_t (&b)[Tile::across][2], const unsigned char* right,
                                                       int depth) {
         const Place<Tile> place;
-        const unsigned row = place.lane % 16, chunk = place.lane / 16;
+        const unsigned row = place.lane % 16;
         std::uint32_t r[4];
         if constexpr (narrow) {
             // As 16-bit elements the bytes come in pairs of columns: even columns make one fragment, odd ones another.
 #pragma unroll
             for (int j = 0; j < Tile::across; j += 4) {
-                const unsigned first = place.column / 16 + j / 2;
-                load_matrix_x4_transposed(r, right + RightRows::offset(depth + row, first + chunk));
+                const unsigned chunk = place.column / 16 + j / 2 + place.lane / 16;
+                load_matrix_x4_transposed(r, right + RightRows::offset(row, chunk) + RightRows::below(depth));
 #pragma unroll
                 for (int pair = 0; pair < 2; ++pair)
 #pragma unroll
@@ -136,11 +139,12 @@ struct Multiplier {
 #pragma unroll
             for (int j = 0; j < Tile::across; j += 2) {
                 if constexpr (along_columns) {
-                    const unsigned first = place.column / 8 + j;
-                    load_matrix_x4_transposed(r, right + RightRows::offset(depth + row, first + chunk));
+                    const unsigned chunk = place.column / 8 + j + place.lane / 16;
+                    load_matrix_x4_transposed(r, right + RightRows::offset(row, chunk) + RightRows::below(depth));
                 } else {
-                    const unsigned column = place.column + 8 * j + place.lane % 8 + place.lane / 16 * 8;
-                    load_matrix_x4(r, right + RightRows::offset(column, depth / 8 + place.lane / 8 % 2));
+                    const unsigned column = place.lane % 8 + place.lane / 16 * 8;
+                    load_matrix_x4(r, right + RightRows::offset(column, depth / 8 + place.lane / 8 % 2) +
+                                          RightRows::below(place.column + 8 * j));
                 }
                 b[j][0] = r[0], b[j][1] = r[1], b[j + 1][0] = r[2], b[j + 1][1] = r[3];
             }
@@ -153,8 +157,8 @@ struct Multiplier {
 #pragma unroll
         for (int i = 0; i < Tile::down; ++i) {
             std::uint32_t a[4];
-            const unsigned row = place.row + 16 * i + place.lane % 16;
-            load_matrix_x4(a, left + LeftRows::offset(row, depth / 8 + place.lane / 16));
+            load_matrix_x4(a, left + LeftRows::offset(place.lane % 16, depth / 8 + place.lane / 16) +
+                                  LeftRows::below(place.row + 16 * i));
 #pragma unroll
             for (int j = 0; j < Tile::across; ++j) mma_16x8x16(sums[i][j], a, b[j], T());
         }
@@ -169,16 +173,16 @@ struct Multiplier {
         std::uint32_t b[Tile::across][2][2];
 #pragma unroll
         for (int j = 0; j < Tile::across; ++j) {
-            const unsigned offset = RightRows::offset(place.column + 8 * j + g, t / 2) + t % 2 * 8;
+            const unsigned offset = RightRows::offset(g, t / 2) + t % 2 * 8 + RightRows::below(place.column + 8 * j);
             const uint2 bytes = *reinterpret_cast<const uint2*>(right + offset);
             b[j][0][0] = widen<T>(bytes.x, 0x4140), b[j][0][1] = widen<T>(bytes.x, 0x4342);
             b[j][1][0] = widen<T>(bytes.y, 0x4140), b[j][1][1] = widen<T>(bytes.y, 0x4342);
         }
 #pragma unroll
         for (int i = 0; i < Tile::down; ++i) {
-            const unsigned row = place.row + 16 * i + g;
-            const uint4 upper = *reinterpret_cast<const uint4*>(left + LeftRows::offset(row, t));
-            const uint4 lower = *reinterpret_cast<const uint4*>(left + LeftRows::offset(row + 8, t));
+            const unsigned char* row = left + LeftRows::offset(g, t) + LeftRows::below(place.row + 16 * i);
+            const uint4 upper = *reinterpret_cast<const uint4*>(row);
+            const uint4 lower = *reinterpret_cast<const uint4*>(row + LeftRows::below(8));
             const std::uint32_t first[4] = {upper.x, lower.x, upper.y, lower.y};
             const std::uint32_t second[4] = {upper.z, lower.z, upper.w, lower.w};
 #pragma unroll

@@ -149,7 +149,7 @@ __device__ __forceinline__ void scale_group(const GradientKernel& kernel, int ro
     if (row >= kernel.g.rows || count <= 0) return;
     T elements[group_size];
     const uint4 word = *reinterpret_cast<const uint4*>(group);
-    memcpy(elements, &word, sizeof(word));
+    memcpy(static_cast<void*>(elements), &word, sizeof(word));
 #pragma unroll
     for (int i = 0; i < group_size; ++i) elements[i] = from_float<T>(to_float(elements[i]) * factors[i]);
     T* out = static_cast<T*>(kernel.scaled_g) + static_cast<std::int64_t>(row) * kernel.g.columns + column;

@@ -2,9 +2,9 @@
 
 An int8 W is widened a panel at a time into a buffer that the caches hold, cut so that each panel gives finished columns
 of the product: nothing is summed in 16 bits, and no 16-bit copy of W ever exists. In bf16 the panel holds the integers,
-which are exact, and the row scale multiplies y after the product and g before it. In fp16 such a product could overflow:
-there a forward panel holds W itself, and in dx g carries 128 times the scale (about the largest weight of the row), the
-panel the 128th of the integers.
+which are exact, and the row scale multiplies y after the product and g before it. In fp16 such a product could
+overflow: there a forward panel holds W itself, and in dx g carries 128 times the scale (about the largest weight of the
+row), the panel the 128th of the integers.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def times_weight_t(x: Tensor, weight: Tensor, weight_scale: Tensor | None) -> tu
 
 
 def scaled_for_dx(g: Tensor, weight_scale: Tensor | None) -> Tensor:
-    """What ``times_weight`` multiplies in the place of g: over an int8 W the row scale lies on the axis that is summed."""
+    """What ``times_weight`` multiplies in the place of g: over int8 the row scale lies on the axis that is summed."""
     return g if weight_scale is None else (g * (weight_scale * _dx_factor(g.dtype))).to(g.dtype)
 
 

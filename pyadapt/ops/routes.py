@@ -5,8 +5,8 @@
 - ``library``: torch's GEMM on W, or on panels of an int8 W, with the low-rank passes around it.
 - ``reference``: plain torch in fp32 (fp64 for fp64).
 
-On CUDA the table's answer between ``fused`` and ``library`` is a first guess: where it may, ``run`` measures both once a
-shape and remembers the faster one (``autotune.py``).
+On CUDA the table's answer between ``fused`` and ``library`` is a first guess: where it may, ``run`` measures both once
+a shape and remembers the faster one (``autotune.py``).
 
 ``PYADAPT_ROUTE=fused|library|reference`` forces one wherever it can serve. The reasons and the measurements behind the
 table are in docs/kernels.md.
@@ -226,11 +226,15 @@ def run(
 ) -> Any:
     """Call the form of an op that serves a case best: by the table, or on CUDA by measurement."""
     route = choose(case)
-    if case.tunable() and route in TUNED and device.type == "cuda" and _forced_route() is None:
-        candidates = {name: functools.partial(forms[name], *arguments) for name in TUNED if case.can(name)}
+    tuned = case.tunable() and route in TUNED and device.type == "cuda" and _forced_route() is None
+    if tuned and all(map(case.can, TUNED)):
         shape = (case.M, case.N, case.K, case.r)
         key = autotune.key_of(case.op, case.x, case.weight, case.weight_rows, *shape, dropout)
-        measured = autotune.measurements(device).best(key, candidates, autotune.cuda_timer(device))
+        known = autotune.measurements(device)
+        measured = known.remembered(key, TUNED)
+        if measured is None:
+            candidates = {name: functools.partial(forms[name], *arguments) for name in TUNED}
+            measured = known.best(key, candidates, autotune.cuda_timer(device))
         route = measured or route
     return forms[route](*arguments)
 

@@ -70,8 +70,8 @@ class Layer:
     def exact_mask(self) -> Tensor:
         """D (M, K) in fp64."""
         if self.dropout_p == 0.0:
-            return torch.ones(self.x.shape, dtype=torch.float64)
-        keep = keep_mask(self.seed, self.dropout_p, *self.x.shape)
+            return torch.ones(self.x.shape, dtype=torch.float64, device=self.x.device)
+        keep = keep_mask(self.seed, self.dropout_p, *self.x.shape, self.x.device)
         return keep.double() / (1.0 - self.dropout_p) if self.dropout_p < 1.0 else keep.double()
 
     def exact_forward(self) -> tuple[Tensor, Tensor]:
@@ -96,7 +96,12 @@ class Layer:
 
     def with_dropout(self, p: float, seed: int = 20240229) -> Layer:
         """The same layer with dropout."""
-        return replace(self, dropout_p=p, seed=torch.tensor([seed]))
+        return replace(self, dropout_p=p, seed=torch.tensor([seed], device=self.x.device))
+
+    def to(self, device: torch.device) -> Layer:
+        """The same layer there."""
+        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **moved)
 
 
 def make_layer(

@@ -107,7 +107,7 @@ def test_no_bias(isa):
 def strided(tensor: torch.Tensor, gap: int) -> torch.Tensor:
     """The same values with ``gap`` elements between rows, at an address aligned to the element alone."""
     rows, cols = tensor.shape
-    memory = torch.full((rows * (cols + gap) + 1,), 77, dtype=tensor.dtype)
+    memory = tensor.new_full((rows * (cols + gap) + 1,), 77)
     view = memory[1:].view(rows, cols + gap)[:, :cols]
     return view.copy_(tensor)
 

@@ -1,7 +1,7 @@
 """The CUDA kernels as functions of tensors: outputs and scratch memory are allocated here, from torch's allocator.
 
-x, g and W have one 16-bit dtype, or W is int8; operands may have any row stride, and what lacks a unit stride is copied for
-the call. x and g of a whole layer may have any leading dimensions, which y and dx then have too. Everything is queued
+x, g and W have one 16-bit dtype, or W is int8; operands may have any row stride, and what lacks a unit stride is copied
+for the call. x and g of a whole layer may have any leading dimensions, which y and dx then have too. Everything is queued
 on the current stream; nothing waits for the device.
 """
 
@@ -73,7 +73,8 @@ def linear_forward(
 def linear_dx(g: Tensor, weight: Tensor, weight_scale: Tensor | None, x_dtype: torch.dtype) -> Tensor:
     """dx = g W."""
     dx = g.new_empty((*g.shape[:-1], weight.shape[1]), dtype=x_dtype)
-    scratch = _backward_scratch(g, *weight.shape, 0, weight_scale is not None)
+    N, K = weight.shape
+    scratch = _backward_scratch(g, N, K, 0, weight_scale is not None)
     _core().linear_dx(g, weight, weight_scale, dx, scratch, _stream(g))
     return dx
 
@@ -131,7 +132,7 @@ def lora_backward(
     """(dx, dA, dB); dx is empty when it is not asked for."""
     dx = _dense_like(x) if need_dx else x.new_empty(0)
     dA, dB = _dense_like(A), _dense_like(B)
-    scratch = _backward_scratch(g, *weight.shape, A.shape[0], need_dx and weight_scale is not None)
+    scratch = _backward_scratch(g, B.shape[0], A.shape[1], A.shape[0], need_dx and weight_scale is not None)
     _core().lora_backward(
         g,
         x,
@@ -183,7 +184,9 @@ def gradients(
     weight_scale: Tensor | None = None,
     factor: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(dS, dA, dB, g scale factor) = (s g B, dS' drop(x), s g' S, ...), in one read of g; without a scale the last is g."""
+    """(dS, dA, dB, g scale factor), dS = s g B, dA = dS' drop(x), dB = s g' S, in one read of g; the last is g without a
+    scale.
+    """
     dS, dA, dB = torch.empty_like(S), _dense_like(A), _dense_like(B)
     scaled_g = None if weight_scale is None else _dense_like(g)
     scratch = _backward_scratch(g, g.shape[1], x.shape[1], A.shape[0], False)

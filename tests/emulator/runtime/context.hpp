@@ -17,8 +17,9 @@ struct Context {
     void* stack_pointer = nullptr;
 };
 
-__attribute__((naked, noinline, no_sanitize("thread"), no_sanitize("address"))) inline void swap_stacks(void** /*saved*/,
-                                                                                                      void* /*next*/) {
+// noipa: everything in memory and every register that a call may change does change here, whatever the body shows.
+__attribute__((naked, noipa, no_sanitize("thread"), no_sanitize("address"))) inline void swap_stacks(void** /*saved*/,
+                                                                                                   void* /*next*/) {
     asm("pushq %rbp\n\t"
         "pushq %rbx\n\t"
         "pushq %r12\n\t"
