@@ -69,9 +69,10 @@ def environment() -> dict[str, str]:
     }
 
 
-def write_csv(path: Path, rows: Iterable[dict[str, object]]) -> None:
-    """Append rows, with a header where the file is new."""
-    rows = [{**environment(), **row} for row in rows]
+def write_csv(path: Path, rows: Iterable[dict[str, object]], where: dict[str, str] | None = None) -> None:
+    """Append rows, with a header where the file is new; ``where`` stands for ``environment()``."""
+    where = environment() if where is None else where
+    rows = [{**where, **row} for row in rows]
     new = not path.exists()
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", newline="") as file:

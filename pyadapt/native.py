@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.machinery
+import importlib.util
 import os
 import warnings
 from collections.abc import Iterator
@@ -203,9 +204,10 @@ def describe() -> dict[str, Any]:
 def _describe_cuda() -> dict[str, Any]:
     module = cuda()
     if module is None:
-        return {"cuda": False}
+        built = importlib.util.find_spec(_CUDA_NAME) is not None
+        return {"cuda": "built, but torch sees no CUDA device" if built else "not built"}
     return {
-        "cuda": True,
+        "cuda": "in use",
         "cuda_file": module.__file__,
         "cuda_architectures": module.architectures.split(";"),
         "cuda_runtime": module.runtime,

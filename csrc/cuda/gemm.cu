@@ -38,7 +38,7 @@ struct Work {
     Gemm product;
     bool left_aligned, right_aligned, out_aligned;
     int stages;
-    int terms_offset;  // of ColumnTerms in shared memory
+    int terms_offset;  // in shared memory
     int tiles_down, tiles_across;
 };
 
@@ -123,19 +123,17 @@ __global__ void __launch_bounds__(Tile::threads, Tile::blocks) gemm_kernel(const
         const Gemm& product = work.product;
         const TileIndex tile = tile_of_block(work);
         const int row0 = tile.down * Tile::rows, column0 = tile.across * Tile::columns;
-        constexpr bool exchanged = Multiplier<T, Right, along_columns, Tile>::exchanged;
-        const Epilogue<T, exchanged, Tile> epilogue{product, row0, column0, product.M - row0, product.N - column0,
-                                                    work.out_aligned};
-        ColumnTerms<Tile>& terms = *reinterpret_cast<ColumnTerms<Tile>*>(shared + work.terms_offset);
-        epilogue.stage_columns(terms);
+        Terms<Tile>& terms = *reinterpret_cast<Terms<Tile>*>(shared + work.terms_offset);
+        using Finish = Epilogue<T, Multiplier<T, Right, along_columns, Tile>::exchanged, Tile>;
+        Finish(product, row0, column0, work.out_aligned).stage_terms(terms);
+
         Accumulators<Tile> sums = {};
         if (product.K > 0) multiply_depth<T, Right, along_columns, Tile>(sums, work, row0, column0, shared);
-        else __syncthreads();  // the terms of the columns are there
-
-        if (product.add_out) epilogue.add_out(sums);
-        epilogue.scale_columns(sums, terms);
-        if (product.rank > 0) epilogue.add_low_rank(sums, shared);
-        epilogue.store(sums, terms);
+        else __syncthreads();  // the terms are there
+        if (product.add_out) Finish(product, terms, work.out_aligned).add_out(sums);
+        Finish(product, terms, work.out_aligned).scale_columns(sums, terms);
+        if (product.rank > 0) Finish(product, terms, work.out_aligned).add_low_rank(sums, shared, terms);
+        Finish(product, terms, work.out_aligned).store(sums, terms);
     }
 }
 
@@ -163,7 +161,7 @@ cudaError_t launch_tile(const Gemm& product, const Launch& launch) {
     const std::int64_t blocks = std::int64_t(work.tiles_down) * work.tiles_across;
     if (blocks > INT_MAX) return cudaErrorInvalidConfiguration;
     return launch_kernel(gemm_kernel<T, Right, along_columns, Tile>, dim3(static_cast<unsigned>(blocks)), Tile::threads,
-                         panels + sizeof(ColumnTerms<Tile>), launch.stream, work);
+                         panels + sizeof(Terms<Tile>), launch.stream, work);
 }
 
 // Whether 128 x 128 tiles take longer than 64 x 64 ones: in rounds of all multiprocessors, where a large tile is four

@@ -9,10 +9,11 @@ namespace pyadapt::cuda::gemm_parts {
 constexpr int rank_step = 16;
 using RankRow = Panel<1, rank_step * 4>;  // of low_left or low_right in shared memory, in fp32
 
-// For the columns of a tile, in shared memory beside the panels.
+// What waits in shared memory, beside the panels, for the end of the depth loop.
 template <class Tile>
-struct alignas(16) ColumnTerms {
+struct alignas(16) Terms {
     float factor[Tile::columns], bias[Tile::columns];
+    int row, column;  // of the tile's corner
 };
 
 template <class T, bool exchanged, class Tile>
@@ -22,9 +23,16 @@ struct Epilogue {
     static constexpr int shared_bytes = (Tile::rows + Tile::columns) * RankRow::row_bytes;
 
     const Gemm& product;
-    int row0, column0;        // the tile's corner
-    int rows, columns;        // from there on
-    bool wide;                // out takes four elements at once
+    int row0, column0;  // the tile's corner
+    int rows, columns;  // from there on
+    bool wide;          // out takes four elements at once
+
+    __device__ __forceinline__ Epilogue(const Gemm& product, int row0, int column0, bool wide)
+        : product(product), row0(row0), column0(column0), rows(product.M - row0), columns(product.N - column0), wide(wide) {}
+    // The corner is read anew for each part of the work, lest the compiler keep what it computed for one part in registers
+    // until another: there are none to spare.
+    __device__ __forceinline__ Epilogue(const Gemm& product, const volatile Terms<Tile>& terms, bool wide)
+        : Epilogue(product, terms.row, terms.column, wide) {}
 
     Place<Tile> place;
     unsigned g = place.lane / 4, t = place.lane % 4;
@@ -68,9 +76,10 @@ struct Epilogue {
     }
 
     // What each column is multiplied by, and its bias. Called before the depth loop, which hides the way of the loads.
-    __device__ __forceinline__ void stage_columns(ColumnTerms<Tile>& terms) const {
+    __device__ __forceinline__ void stage_terms(Terms<Tile>& terms) const {
         static_assert(Tile::columns <= Tile::threads);
         const int n = threadIdx.x;
+        if (n == 0) terms.row = row0, terms.column = column0;
         if (n >= Tile::columns) return;
         float factor = product.alpha, bias = 0;
         if (n < columns) {
@@ -82,7 +91,7 @@ struct Epilogue {
         terms.bias[n] = bias;
     }
 
-    __device__ __forceinline__ void scale_columns(Accumulators<Tile>& sums, const ColumnTerms<Tile>& terms) const {
+    __device__ __forceinline__ void scale_columns(Accumulators<Tile>& sums, const Terms<Tile>& terms) const {
 #pragma unroll
         for (int p = 0; p < pairs; ++p) {
             const float4 factor = *reinterpret_cast<const float4*>(terms.factor + column(p));
@@ -163,15 +172,17 @@ struct Epilogue {
         mma_16x8x8(part, {upper.z, lower.z, upper.w, lower.w}, {b.z, b.w});
     }
 
-    __device__ __forceinline__ void add_low_rank(Accumulators<Tile>& sums, unsigned char* shared) const {
+    __device__ __forceinline__ void add_low_rank(Accumulators<Tile>& sums, unsigned char* shared,
+                                                 const Terms<Tile>& terms) const {
         const bool dropout = product.dropout.threshold != 0;
         const std::uint64_t mask = dropout ? survivors() : 0;
         const Matrix low_left = {product.low_left, DType::f32, product.rank, 1};
         for (int first = 0; first < product.rank; first += rank_step) {
             __syncthreads();  // all have read what lies there
-            stage<Tile::rows, false>(shared, low_left, row0, rows, first, 1);
-            stage<Tile::columns, true>(shared + Tile::rows * RankRow::row_bytes, product.low_right, column0, columns, first,
-                                       product.low_scale * product.dropout.scale);
+            const Epilogue now(product, terms, wide);
+            stage<Tile::rows, false>(shared, low_left, now.row0, now.rows, first, 1);
+            stage<Tile::columns, true>(shared + Tile::rows * RankRow::row_bytes, product.low_right, now.column0, now.columns,
+                                       first, product.low_scale * product.dropout.scale);
             __syncthreads();
             if (dropout) {
                 // The mask falls on each step's part alone: a sum of masked parts is the masked sum.
@@ -193,7 +204,7 @@ struct Epilogue {
     }
 
     // out = sums + bias, rounded once.
-    __device__ __forceinline__ void store(Accumulators<Tile>& sums, const ColumnTerms<Tile>& terms) const {
+    __device__ __forceinline__ void store(Accumulators<Tile>& sums, const Terms<Tile>& terms) const {
         each_four([&](int i, int h, int p, T* to) {
             const float4 bias = *reinterpret_cast<const float4*>(terms.bias + column(p));
             const T rounded[4] = {from_float<T>(at(sums, i, h, p, 0) + bias.x), from_float<T>(at(sums, i, h, p, 1) + bias.y),

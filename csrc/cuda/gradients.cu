@@ -46,6 +46,12 @@ Partials first_stage(const AddPartials& sum) {
     return {const_cast<float*>(sum.partials), DType::f32, 1.0f, sum.count};
 }
 
+// Blocks that run at the same time on a multiprocessor: as many as their registers let.
+constexpr int gradient_blocks = 1;
+constexpr int input_blocks = 2;
+
+std::int64_t slots(const Launch& launch, int blocks) { return static_cast<std::int64_t>(launch.multiprocessors) * blocks; }
+
 // --- g pass ---
 
 struct GradientKernel {
@@ -75,24 +81,32 @@ constexpr std::size_t gradient_bytes(int stages) {
 template <int ranks>
 struct RowsOfB {
     static constexpr int steps = Shape<ranks>::warp_columns / 8, tiles = ranks / 8;
-    float high[steps][tiles][2], low[steps][tiles][2];
+    float values[halves][steps][tiles][2];
     bool split;  // 16 bits need no low half
 
     __device__ __forceinline__ void load(const Matrix& B, int rank, int columns, int column, int first_rank) {
-        const int lane = threadIdx.x % warp_size, g = lane / 4, t = lane % 4;
-        split = multiplies_in_tf32 && B.dtype == DType::f32;
+        split = halves == 2 && B.dtype == DType::f32;
+        if (B.dtype == DType::f32) load_as<float>(B, rank, columns, column, first_rank);
+        else if (B.dtype == DType::f16) load_as<__half>(B, rank, columns, column, first_rank);
+        else load_as<__nv_bfloat16>(B, rank, columns, column, first_rank);
+    }
+
+    template <class Element>
+    __device__ __forceinline__ void load_as(const Matrix& B, int rank, int columns, int column, int first_rank) {
+        const int lane = threadIdx.x % warp_size, n = column + lane % 4 * 2, j = first_rank + lane / 4;
+        const auto* data = static_cast<const Element*>(B.data);
 #pragma unroll
         for (int step = 0; step < steps; ++step)
 #pragma unroll
             for (int tile = 0; tile < tiles; ++tile)
 #pragma unroll
                 for (int i = 0; i < 2; ++i) {
-                    const int n = column + step * 8 + 2 * t + i, j = first_rank + tile * 8 + g;
-                    const bool exists = n < columns && j < rank;
-                    const Split parts = split_tf32(
-                        exists ? load_element(B.data, B.dtype, n * B.row_stride + j * B.column_stride) : 0.0f);
-                    high[step][tile][i] = parts.high;
-                    low[step][tile][i] = parts.low;
+                    const int row = n + step * 8 + i, at = j + tile * 8;
+                    const bool exists = row < columns && at < rank;
+                    const float value = exists ? to_float(data[row * B.row_stride + at * B.column_stride]) : 0.0f;
+                    const Split parts = split_tf32(value);
+                    values[0][step][tile][i] = parts.high;
+                    values[halves - 1][step][tile][i] = halves == 2 ? parts.low : parts.high;
                 }
     }
 };
@@ -101,27 +115,32 @@ struct RowsOfB {
 template <class T, int ranks>
 __device__ __forceinline__ void multiply_rows(const T* columns, const RowsOfB<ranks>& B, float* product) {
     const int lane = threadIdx.x % warp_size;
-    float sums[ranks / 8][4] = {};
+    float sums[halves][ranks / 8][4] = {};  // apart, since each sum waits for the one before
 #pragma unroll
     for (int pair = 0; pair < RowsOfB<ranks>::steps / 2; ++pair) {
         std::uint32_t words[4];
         load_matrix_x4(words, columns + lane % 16 * Shape<ranks>::tile_stride + pair * 16 + lane / 16 * 8);
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            const float2 upper = unpack<T>(words[2 * half]), lower = unpack<T>(words[2 * half + 1]);
+        for (int i = 0; i < 2; ++i) {
+            const float2 upper = unpack<T>(words[2 * i]), lower = unpack<T>(words[2 * i + 1]);
             const float left[4] = {upper.x, lower.x, upper.y, lower.y};
 #pragma unroll
-            for (int tile = 0; tile < ranks / 8; ++tile) mma_16x8x8(sums[tile], left, B.high[2 * pair + half][tile]);
-            if (B.split) {
+            for (int half = 0; half < halves; ++half) {
+                if (half == 1 && !B.split) continue;
 #pragma unroll
-                for (int tile = 0; tile < ranks / 8; ++tile) mma_16x8x8(sums[tile], left, B.low[2 * pair + half][tile]);
+                for (int tile = 0; tile < ranks / 8; ++tile)
+                    mma_16x8x8(sums[half][tile], left, B.values[half][2 * pair + i][tile]);
             }
         }
     }
 #pragma unroll
-    for (int tile = 0; tile < ranks / 8; ++tile)
+    for (int tile = 0; tile < ranks / 8; ++tile) {
+        float total[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) total[i] = sums[0][tile][i] + (halves == 2 ? sums[halves - 1][tile][i] : 0.0f);
         reinterpret_cast<float4*>(product)[tile * warp_size + lane] =
-            make_float4(sums[tile][0], sums[tile][1], sums[tile][2], sums[tile][3]);
+            make_float4(total[0], total[1], total[2], total[3]);
+    }
 }
 
 // dS of a tile: the warps' products, added in their order.
@@ -142,18 +161,15 @@ __device__ __forceinline__ void add_products(const GradientKernel& kernel, const
     }
 }
 
+// Write a group of g, times the factors of its columns.
 template <class T>
-__device__ __forceinline__ void scale_group(const GradientKernel& kernel, int row, int column, const T* group,
-                                            const float* factors) {
-    const int count = kernel.g.columns - column;
-    if (row >= kernel.g.rows || count <= 0) return;
+__device__ __forceinline__ void scale_group(const T* group, int count, const float* factors, T* out, bool vector) {
     T elements[group_size];
     const uint4 word = *reinterpret_cast<const uint4*>(group);
     memcpy(static_cast<void*>(elements), &word, sizeof(word));
 #pragma unroll
     for (int i = 0; i < group_size; ++i) elements[i] = from_float<T>(to_float(elements[i]) * factors[i]);
-    T* out = static_cast<T*>(kernel.scaled_g) + static_cast<std::int64_t>(row) * kernel.g.columns + column;
-    if (kernel.scaled_vector) {
+    if (vector) {
         uint4 scaled;
         memcpy(&scaled, elements, sizeof(scaled));
         *reinterpret_cast<uint4*>(out) = scaled;
@@ -165,7 +181,7 @@ __device__ __forceinline__ void scale_group(const GradientKernel& kernel, int ro
 }
 
 template <class T, int ranks>
-__global__ void __launch_bounds__(threads) gradient_kernel(GradientKernel kernel) {
+__global__ void __launch_bounds__(threads, gradient_blocks) gradient_kernel(GradientKernel kernel) {
     if constexpr (has_kernels<T>) {
         PYADAPT_DYNAMIC_SHARED(shared);
         const Place place = place_of_block<ranks>(kernel.cut, kernel.g.rows);
@@ -190,9 +206,12 @@ __global__ void __launch_bounds__(threads) gradient_kernel(GradientKernel kernel
 
         for (int tile = 0; tile < walk.tiles; ++tile) {
             walk.wait();
-            if (scales)
-                walk.for_own_groups(tile, [&](int row, int column, T* group) {
-                    scale_group(kernel, row, column, group, factors + column - place.column);
+            if (scales && walk.own_count > 0)
+                walk.for_own_groups(tile, [&](int row, const T* group) {
+                    if (row >= place.row_end) return;
+                    T* out = static_cast<T*>(kernel.scaled_g) + static_cast<std::int64_t>(row) * kernel.g.columns +
+                             place.column + walk.own_column;
+                    scale_group(group, walk.own_count, factors + walk.own_column, out, kernel.scaled_vector);
                 });
             __syncthreads();
             walk.load_ahead(tile);
@@ -216,7 +235,7 @@ struct GradientSums {
 };
 
 GradientSums gradient_sums(const GradientPass& pass, const Launch& launch) {
-    const Cut cut = cut_product(pass.M, pass.N, pass.rank, launch);
+    const Cut cut = cut_product(pass.M, pass.N, pass.rank, slots(launch, gradient_blocks));
     const std::int64_t dS_count = static_cast<std::int64_t>(pass.M) * pass.rank;
     const std::int64_t dB_count = static_cast<std::int64_t>(pass.N) * pass.rank;
     const auto* workspace = static_cast<const char*>(pass.workspace);
@@ -265,7 +284,7 @@ __device__ __forceinline__ void drop_group(const DeviceDropout& dropout, const P
 }
 
 template <class T, int ranks>
-__global__ void __launch_bounds__(threads, blocks_per_multiprocessor) input_kernel(InputKernel kernel) {
+__global__ void __launch_bounds__(threads, input_blocks) input_kernel(InputKernel kernel) {
     if constexpr (has_kernels<T>) {
         PYADAPT_DYNAMIC_SHARED(shared);
         const Place place = place_of_block<ranks>(kernel.cut, kernel.x.rows);
@@ -277,8 +296,8 @@ __global__ void __launch_bounds__(threads, blocks_per_multiprocessor) input_kern
         for (int tile = 0; tile < walk.tiles; ++tile) {
             walk.wait();
             if (drops)
-                walk.for_own_groups(tile, [&](int row, int column, T* group) {
-                    drop_group(kernel.dropout, philox, row, column, group);
+                walk.for_own_groups(tile, [&](int row, T* group) {
+                    drop_group(kernel.dropout, philox, row, place.column + walk.own_column, group);
                 });
             __syncthreads();
             walk.load_ahead(tile);
@@ -297,7 +316,7 @@ struct InputSum {
 };
 
 InputSum input_sum(const InputPass& pass, const Launch& launch) {
-    const Cut cut = cut_product(pass.M, pass.K, pass.rank, launch);
+    const Cut cut = cut_product(pass.M, pass.K, pass.rank, slots(launch, input_blocks));
     const std::int64_t count = static_cast<std::int64_t>(pass.rank) * pass.K;
     const auto* workspace = static_cast<const float*>(pass.workspace);
     return {cut, {workspace, cut.row_chunks, count, pass.dropout.scale, pass.dA, pass.dA_dtype}};

@@ -29,7 +29,6 @@ constexpr int tile_rows = 16;
 constexpr int group_size = 8;  // 16-bit elements of a 16-byte access
 constexpr int least_chunk_rows = 32;
 constexpr int most_chunk_rows = 1024;
-constexpr int blocks_per_multiprocessor = 2;
 
 // What a block holds for a number of ranks. Sums take the same registers for both: ranks times columns is fixed.
 template <int ranks>
@@ -61,15 +60,14 @@ struct Cut {
     std::int64_t blocks() const { return static_cast<std::int64_t>(rank_chunks) * column_chunks * row_chunks; }
 };
 
-// As many row chunks as fill the multiprocessors, in whole waves; at least one chunk of everything, so that a product
-// without rows writes its zeros.
-inline Cut cut_product(int rows, int columns, int rank, const Launch& launch) {
+// As many row chunks as fill `slots`, the blocks that run at the same time, in whole waves; at least one chunk of
+// everything, so that a product without rows writes its zeros.
+inline Cut cut_product(int rows, int columns, int rank, std::int64_t slots) {
     const auto pieces = [](std::int64_t n, std::int64_t size) { return std::max<std::int64_t>(1, (n + size - 1) / size); };
     const int ranks = rank <= 16 ? 16 : 32;
     const std::int64_t rank_chunks = pieces(rank, ranks);
     const std::int64_t column_chunks = pieces(columns, ranks == 16 ? Shape<16>::columns : Shape<32>::columns);
     const std::int64_t across = rank_chunks * column_chunks;
-    const std::int64_t slots = static_cast<std::int64_t>(launch.multiprocessors) * blocks_per_multiprocessor;
     const std::int64_t waves = pieces(rows * across, most_chunk_rows * slots);
     const std::int64_t wanted = std::max<std::int64_t>(1, waves * slots / across);
     const std::int64_t chunk_rows = std::clamp<std::int64_t>(pieces(pieces(rows, wanted), tile_rows) * tile_rows,
@@ -129,7 +127,7 @@ __device__ __forceinline__ Split split_tf32(float value) {
 #endif
 }
 
-constexpr bool multiplies_in_tf32 = PYADAPT_ARCH >= 800;
+constexpr int halves = PYADAPT_ARCH >= 800 ? 2 : 1;  // of an fp32 number that are multiplied
 
 // --- the walk of a block down its rows ---
 
@@ -137,8 +135,9 @@ template <class T, int ranks>
 struct Walk {
     using S = Shape<ranks>;
     static constexpr int stages = stages_of(PYADAPT_ARCH / 10);
-    static constexpr int groups = tile_rows * S::columns / group_size / threads;  // of a tile, for each thread
-    static constexpr int small_loads = tile_rows * ranks / threads;               // the same of small
+    static constexpr int row_groups = S::columns / group_size;
+    static constexpr int groups = tile_rows * row_groups / threads;  // of a tile, for each thread: one below the other
+    static constexpr int small_loads = tile_rows * ranks / threads;  // elements of a tile's rows of small likewise
     static constexpr int column_tiles = S::warp_columns / 8;
     static constexpr int rank_tiles = ranks / 16;
 
@@ -147,6 +146,8 @@ struct Walk {
     const int rank;
     const Place place;
     const int tiles;
+    const int own_row, own_column;  // of this thread's first group, in a tile
+    const int own_count;            // how many elements of its groups exist
     T* const tile_memory;
     float* const small_memory;
     float small_ahead[small_loads];
@@ -155,7 +156,10 @@ struct Walk {
     __device__ __forceinline__ Walk(const Wide& wide, const float* small, int rank, const Place& place,
                                     unsigned char* shared)
         : wide(wide), small(small), rank(rank), place(place),
-          tiles((place.row_end - place.row + tile_rows - 1) / tile_rows), tile_memory(reinterpret_cast<T*>(shared)),
+          tiles((place.row_end - place.row + tile_rows - 1) / tile_rows), own_row(threadIdx.x / row_groups),
+          own_column(threadIdx.x % row_groups * group_size),
+          own_count(max(0, min(wide.columns - place.column - own_column, group_size))),
+          tile_memory(reinterpret_cast<T*>(shared)),
           small_memory(reinterpret_cast<float*>(tile_memory + stages * tile_rows * S::tile_stride)) {}
 
     __device__ __forceinline__ T* tile_at(int tile) const {
@@ -167,25 +171,23 @@ struct Walk {
         return small_memory + (tile % 2 * 2 + half) * S::small_elements;
     }
 
-    // visit(row, column, group) for the groups of a tile that this thread copies; row and column of the wide matrix.
+    // visit(row, group) for the groups of a tile that this thread copies; row of the wide matrix.
     template <class Visit>
     __device__ __forceinline__ void for_own_groups(int tile, Visit visit) const {
 #pragma unroll
         for (int i = 0; i < groups; ++i) {
-            const int index = threadIdx.x + i * threads;
-            const int row = index / (S::columns / group_size), column = index % (S::columns / group_size) * group_size;
-            visit(place.row + tile * tile_rows + row, place.column + column,
-                  tile_at(tile) + row * S::tile_stride + column);
+            const int row = own_row + i * (threads / row_groups);
+            visit(place.row + tile * tile_rows + row, tile_at(tile) + row * S::tile_stride + own_column);
         }
     }
 
     // Start copying a tile, zeros beyond the chunk; a tile behind the last is an empty group of copies.
     __device__ __forceinline__ void copy_tile(int tile) const {
         if (tile < tiles)
-            for_own_groups(tile, [&](int row, int column, T* group) {
-                const int count = row < place.row_end ? max(0, min(wide.columns - column, group_size)) : 0;
+            for_own_groups(tile, [&](int row, T* group) {
+                const int count = row < place.row_end ? own_count : 0;
                 const T* from = static_cast<const T*>(wide.data);
-                if (count) from += row * wide.stride + column;
+                if (count) from += row * wide.stride + place.column + own_column;
                 if (wide.vector) return copy_async_16(group, from, count * 2);
                 std::uint16_t elements[group_size];
 #pragma unroll
@@ -215,7 +217,7 @@ struct Walk {
             const int place_in_half = index / ranks * S::small_stride + index % ranks;
             const Split split = split_tf32(small_ahead[i]);
             small_at(tile, 0)[place_in_half] = split.high;
-            if constexpr (multiplies_in_tf32) small_at(tile, 1)[place_in_half] = split.low;
+            if constexpr (halves == 2) small_at(tile, 1)[place_in_half] = split.low;
         }
     }
 
@@ -242,9 +244,9 @@ struct Walk {
         const T* columns = tile_at(tile) + threadIdx.x / warp_size * S::warp_columns;
 #pragma unroll
         for (int step = 0; step < tile_rows / 8; ++step) {
-            float left[2][rank_tiles][4];
+            float left[halves][rank_tiles][4];
 #pragma unroll
-            for (int half = 0; half < (multiplies_in_tf32 ? 2 : 1); ++half)
+            for (int half = 0; half < halves; ++half)
 #pragma unroll
                 for (int m = 0; m < rank_tiles; ++m)
 #pragma unroll
@@ -256,16 +258,21 @@ struct Walk {
                 std::uint32_t words[4];
                 load_matrix_x4_transposed(
                     words, columns + (step * 8 + lane % 8) * S::tile_stride + quad * 32 + lane / 8 * 8);
+                float right[4][2];
 #pragma unroll
                 for (int n = 0; n < 4; ++n) {
                     const float2 pair = unpack<T>(words[n]);
-                    const float right[2] = {pair.x, pair.y};
-#pragma unroll
-                    for (int m = 0; m < rank_tiles; ++m) {
-                        mma_16x8x8(sums[m][quad * 4 + n], left[0][m], right);
-                        if constexpr (multiplies_in_tf32) mma_16x8x8(sums[m][quad * 4 + n], left[1][m], right);
-                    }
+                    right[n][0] = pair.x;
+                    right[n][1] = pair.y;
                 }
+                // The halves of one sum far from each other, since each waits for the one before.
+#pragma unroll
+                for (int half = 0; half < halves; ++half)
+#pragma unroll
+                    for (int n = 0; n < 4; ++n)
+#pragma unroll
+                        for (int m = 0; m < rank_tiles; ++m)
+                            mma_16x8x8(sums[m][quad * 4 + n], left[half][m], right[n]);
             }
         }
     }

@@ -29,9 +29,10 @@ def place(request):
             pytest.fail("there is a GPU, but pyadapt's CUDA kernels do not serve it: build with PYADAPT_CUDA=on")
         yield Place(torch.device("cuda", 0), native.cuda_isa())
         return
-    from emulator import build
+    from emulator import control
 
     module = request.getfixturevalue("emulated")
-    build.set_capability(module, int(request.param.removeprefix("sm_")))
+    control.set_capability(module, int(request.param.removeprefix("sm_")))
+    control.set_order(module, "random")  # threads run in no order that a kernel could lean on
     with native.emulating_cuda(module):
         yield Place(torch.device("cpu"), request.param)

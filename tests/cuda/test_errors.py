@@ -97,11 +97,11 @@ def test_bf16_on_sm_75_is_served_by_the_library(place):
 def test_a_launch_that_fails_says_what_and_where(place, request):
     if GPU:
         pytest.skip("needs the emulated device, which can be told to fail: run without a GPU")
-    from emulator import build
+    from emulator import control
 
     module, layer = request.getfixturevalue("emulated"), place.layer(20, 16, 24, 4)
     for code, name in ((2, "cudaErrorMemoryAllocation"), (701, "cudaErrorLaunchOutOfResources")):
-        build.fail_next_launch(module, code)
+        control.fail_next_launch(module, code)
         with pytest.raises(RuntimeError, match=rf"the S pass failed on cuda:0: {name}"):
             forward(place, layer)
         y, _ = forward(place, layer)  # and it goes on

@@ -39,6 +39,15 @@ sys.path[:0] = [p for p in (str(ROOT / "tests"), str(ROOT / "scripts")) if p not
 
 import cuda_toolkit  # noqa: E402
 
+from emulator.control import (  # noqa: E402, F401 - all that a test needs is here
+    fail_next_launch,
+    last_failure,
+    launches,
+    reset,
+    set_capability,
+    set_multiprocessors,
+    set_order,
+)
 from emulator.ptx import translate  # noqa: E402
 
 CXX_FLAGS = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-gnu-unique"]
@@ -138,7 +147,7 @@ class _Build:
         """
         flags = ["-std=c++17", "-O2", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
         flags += [f"-gencode=arch=compute_{a},code=compute_{a}" for a in ARCHITECTURES]
-        key = self._key(f"nvcc {self.toolkit.version} {flags} {self._cxx_version}", source)
+        key = self._key(f"nvcc {self.toolkit.version} {flags} {self._cxx_version}", source, [])
         outputs = [self.objects / f"{source.stem}-{key}{end}" for end in (".host.o", *(f".{a}.ptx" for a in ARCHITECTURES))]
         if all(path.exists() for path in outputs):
             return outputs
@@ -162,7 +171,7 @@ class _Build:
 
     def _cxx(self, source: Path, flags: list[str]) -> Path:
         """The object of a C++ file."""
-        key = self._key(f"{self._cxx_version} {flags}", source)
+        key = self._key(f"{self._cxx_version} {flags}", source, [RUNTIME])
         path = self.objects / f"{source.stem}-{key}.o"
         if not path.exists():
             with tempfile.TemporaryDirectory(dir=self.out) as scratch:
@@ -188,16 +197,16 @@ class _Build:
         done = subprocess.run([self.cxx, "--version"], capture_output=True, text=True, check=True)
         return done.stdout.splitlines()[0]
 
-    def _key(self, how: str, source: Path) -> str:
+    def _key(self, how: str, source: Path, folders: Sequence[Path]) -> str:
         """A hash of the command, of a file and of every file of this project that it includes."""
         digest = hashlib.sha256(how.encode())
-        for path in sorted(_closure(source)):
+        for path in sorted(_closure(source, folders)):
             digest.update(path.name.encode() + b"\0" + path.read_bytes())
         return digest.hexdigest()[:16]
 
 
-def _closure(source: Path) -> set[Path]:
-    """A file and what it includes by `#include "..."`, from its own folder or from runtime/."""
+def _closure(source: Path, folders: Sequence[Path]) -> set[Path]:
+    """A file and what it includes by `#include "..."`, from its own folder or from these."""
     found: set[Path] = set()
     waiting = [source.resolve()]
     while waiting:
@@ -206,7 +215,7 @@ def _closure(source: Path) -> set[Path]:
             continue
         found.add(path)
         for name in re.findall(r'^\s*#\s*include\s+"([^"]+)"', path.read_text(), re.M):
-            candidates = [path.parent / name, RUNTIME / name]
+            candidates = [folder / name for folder in (path.parent, *folders)]
             waiting += [c.resolve() for c in candidates if c.exists()][:1]
     return found
 

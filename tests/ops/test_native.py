@@ -42,7 +42,7 @@ def test_description():
     assert about["isa"] in about["isas"]
     assert about["compiler"].split()[0] in ("GNU", "Clang", "AppleClang")
     assert about["openmp_threads"] == torch.get_num_threads()
-    assert about["cuda"] is False
+    assert about["cuda"] in ("in use", "not built", "built, but torch sees no CUDA device")
 
 
 def test_the_best_real_instruction_set_is_the_default():

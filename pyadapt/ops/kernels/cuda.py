@@ -1,8 +1,8 @@
 """The CUDA kernels as functions of tensors: outputs and scratch memory are allocated here, from torch's allocator.
 
 x, g and W have one 16-bit dtype, or W is int8; operands may have any row stride, and what lacks a unit stride is copied
-for the call. x and g of a whole layer may have any leading dimensions, which y and dx then have too. Everything is queued
-on the current stream; nothing waits for the device.
+for the call. x and g of a whole layer may have any leading dimensions, which y and dx then have too. Everything is
+queued on the current stream; nothing waits for the device.
 """
 
 from __future__ import annotations
@@ -184,9 +184,7 @@ def gradients(
     weight_scale: Tensor | None = None,
     factor: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(dS, dA, dB, g scale factor), dS = s g B, dA = dS' drop(x), dB = s g' S, in one read of g; the last is g without a
-    scale.
-    """
+    """(dS, dA, dB, g scale factor) = (s g B, dS' drop(x), s g' S, ...); without a scale the last is g."""
     dS, dA, dB = torch.empty_like(S), _dense_like(A), _dense_like(B)
     scaled_g = None if weight_scale is None else _dense_like(g)
     scratch = _backward_scratch(g, g.shape[1], x.shape[1], A.shape[0], False)

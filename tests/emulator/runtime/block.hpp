@@ -81,7 +81,6 @@ struct Block {
     void (*function)(void*) = nullptr;
     void* argument = nullptr;
 
-    bool running = false;
     bool failed = false;
     std::string failure;
     char start_order = 0, end_order = 0;
@@ -93,6 +92,9 @@ struct Block {
 };
 
 inline Block& block = *new Block;  // never destroyed: its fibers are not, either
-inline Thread* current = nullptr;
+inline Thread* current = nullptr;  // the fiber that runs, if one does
+
+// Whether the launch under way, if there is one, is this host thread's.
+inline thread_local bool launching_here = false;
 
 }  // namespace pyadapt::emulator

@@ -93,12 +93,13 @@ PYADAPT_BOOKKEEPING inline void enter_fiber(Thread& thread) {
 }  // namespace detail
 
 [[noreturn]] PYADAPT_BOOKKEEPING inline void fail(const std::string& what) {
+    const bool in_kernel = launching_here && current;
     std::string where = what;
-    if (current)
+    if (in_kernel)
         where += " (block " + std::to_string(block.index.x) + "," + std::to_string(block.index.y) + "," +
                  std::to_string(block.index.z) + " thread " + std::to_string(current->linear) + ")";
     failure_handler(where);
-    if (!current) throw Failure(where);
+    if (!in_kernel) throw Failure(where);
     block.failed = true;
     block.failure = where;
     detail::leave_fiber();
@@ -273,10 +274,10 @@ struct Launching {
     }
 
     Launching() {
-        if (current) fail("a launch from inside a kernel");
+        if (launching_here) fail("a launch from inside a kernel");
         lock = std::unique_lock(exclusive());
+        launching_here = true;
         block.failed = false;
-        block.running = true;
 #if defined(__SANITIZE_THREAD__)
         block.main_race_fiber = __tsan_get_current_fiber();
 #endif
@@ -285,7 +286,7 @@ struct Launching {
 
     ~Launching() {
         acquire(&block.end_order);
-        block.running = false;
+        launching_here = false;
         for (const auto& thread : block.threads)
             if (!thread->done) {
                 thread->started = false;  // abandoned somewhere inside the kernel: start anew on the same stack
