@@ -7,7 +7,6 @@ L2 cache, and a replay goes through all of them: what is timed reads memory, as 
 from __future__ import annotations
 
 import datetime
-import functools
 import math
 import subprocess
 import time
@@ -26,7 +25,7 @@ Prepare = Callable[[Run, int], Replay]
 WARM_UP = 3
 LEAST_REPLAY = 2.0  # milliseconds between two events
 LEAST_ROUNDS, MOST_ROUNDS = 5, 100
-L2_MULTIPLE, MOST_COPIES = 4, 16
+L2_MULTIPLE, MOST_COPIES, MEMORY_SHARE = 4, 64, 0.2
 
 
 @dataclass
@@ -76,15 +75,16 @@ class Ceilings:
         return f"copy {self.bandwidth / 1e9:.0f} GB/s, 16-bit product {self.arithmetic / 1e12:.0f} TFLOP/s"
 
 
-def copies_of(bytes_a_call: float, l2_bytes: int) -> int:
-    """How many copies of a call's data hold several times the L2 cache: two at least, so that none follows itself."""
-    return max(2, min(MOST_COPIES, math.ceil(L2_MULTIPLE * l2_bytes / max(bytes_a_call, 1))))
+def copies_of(call_bytes: float, copy_bytes: float, l2_bytes: int | None = None, memory: int | None = None) -> int:
+    """How many copies of a call's data to rotate through: two at least, so that none follows itself.
 
-
-@functools.cache
-def l2_bytes() -> int:
-    """The size of the L2 cache."""
-    return int(getattr(torch.cuda.get_device_properties(0), "L2_cache_size", 0)) or 64 << 20
+    Enough that what one call reads comes to several times the L2 cache, in a share of the GPU's memory.
+    """
+    if l2_bytes is None or memory is None:
+        properties = torch.cuda.get_device_properties(0)
+        l2_bytes, memory = int(getattr(properties, "L2_cache_size", 0)) or 64 << 20, properties.total_memory
+    wanted = math.ceil(L2_MULTIPLE * l2_bytes / max(call_bytes, 1))
+    return max(2, min(wanted, MOST_COPIES, int(MEMORY_SHARE * memory / max(copy_bytes, 1))))
 
 
 def captured(run: Run, copies: int) -> torch.cuda.CUDAGraph:

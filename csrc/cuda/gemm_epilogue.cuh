@@ -124,21 +124,30 @@ struct Epilogue {
         return bits >> (64 - 4 * calls);
     }
 
+    // Where a rank of the 16 staged ones lies, in floats, in a block of 16 rows: as the fragments of mma_16x8x8 take it. The
+    // order within a sum is free: lane t has ranks 4t and 4t + 1 in the first step, the next two in the second.
+    //   left:  16 bytes hold the two ranks of rows g and g + 8, a whole fragment of a lane;
+    //   right: 16 bytes hold the four ranks of column g, both steps' fragments.
+    static __device__ __forceinline__ unsigned place_left(unsigned row, unsigned rank) {
+        return (rank / 2 % 2 * 32 + row % 8 * 4 + rank / 4) * 4 + rank % 2 * 2 + row / 8;
+    }
+    static __device__ __forceinline__ unsigned place_right(unsigned column, unsigned rank) {
+        return RankRow::offset(fragment_column<exchanged>(column), rank / 4) / 4 + rank % 4;
+    }
+
     // Ranks first .. first + 15 of `count` rows from `corner` on, times the factor and rounded for the tensor cores; zeros
     // outside. Threads go along the unit stride, a thread from one 16 x 16 block to the next: one address, and several
     // loads on their way.
-    template <int count, bool fragment_order>
-    __device__ __forceinline__ void stage(unsigned char* shared, const Matrix& from, int corner, int inside, int first,
+    template <int count, bool is_left>
+    __device__ __forceinline__ void stage(float* to, const Matrix& from, int corner, int inside, int first,
                                           float factor) const {
-        constexpr int share = rank_step * rank_step / Tile::threads;  // ranks of a thread in a block
+        constexpr unsigned share = rank_step * rank_step / Tile::threads;  // ranks of a thread in a block
         const bool along_rows = from.row_stride == 1;
         const unsigned row = along_rows ? threadIdx.x % 16 : threadIdx.x / (16 / share);
         const unsigned rank = share * (along_rows ? threadIdx.x / 16 : threadIdx.x % (16 / share));
-        const unsigned kept_at = fragment_order ? fragment_column<exchanged>(row) : row;
-        float* to[share];
+        unsigned place[share];
 #pragma unroll
-        for (unsigned s = 0; s < share; ++s)
-            to[s] = reinterpret_cast<float*>(shared + RankRow::offset(kept_at, (rank + s) / 4)) + (rank + s) % 4;
+        for (unsigned s = 0; s < share; ++s) place[s] = is_left ? place_left(row, rank + s) : place_right(row, rank + s);
         std::int64_t index = (corner + std::int64_t(row)) * from.row_stride + (first + std::int64_t(rank)) * from.column_stride;
 #pragma unroll 4
         for (unsigned block = 0; block < count; block += 16) {
@@ -147,59 +156,51 @@ struct Epilogue {
                 float value = 0;
                 if (int(block + row) < inside && int(rank + s) < product.rank - first)
                     value = factor * load_element(from.data, from.dtype, index + s * from.column_stride);
-                to[s][RankRow::below(block) / sizeof(float)] = round_tf32(value);
+                to[place[s] + block * rank_step] = round_tf32(value);
             }
             index += 16 * from.row_stride;
         }
     }
 
-    // f(i, j, upper, lower, b) for each fragment of this warp, with its operands among the staged ranks: rows g and g + 8 on
-    // the left, column g on the right. The order within the sum is free: lane t has the ranks from 4t on, two for each of
-    // two steps.
-    template <class Function>
-    __device__ __forceinline__ void each_fragment(const unsigned char* shared, Function f) const {
-        const unsigned char* lane = shared + RankRow::offset(g, t);
-        const auto load = [&](unsigned row) { return *reinterpret_cast<const float4*>(lane + RankRow::below(row)); };
+    // sums += mask(the staged ranks' term). The mask falls on each step's part alone: a sum of masked parts is the masked
+    // sum.
+    __device__ __forceinline__ void add_staged(Accumulators<Tile>& sums, const float* left, const float* right,
+                                               std::uint64_t mask) const {
+        const float4* a = reinterpret_cast<const float4*>(left + place.row * rank_step + place_left(g, 4 * t));
+        const float4* b = reinterpret_cast<const float4*>(right + place.column * rank_step + RankRow::offset(g, t) / 4);
 #pragma unroll
         for (int i = 0; i < Tile::down; ++i) {
-            const float4 upper = load(place.row + 16 * i), lower = load(place.row + 16 * i + 8);
+            const float4 first = a[64 * i], second = a[64 * i + 32];
 #pragma unroll
-            for (int j = 0; j < Tile::across; ++j) f(i, j, upper, lower, load(Tile::rows + place.column + 8 * j));
+            for (int j = 0; j < Tile::across; ++j) {
+                __syncwarp();  // keeps the compiler from loading for all at once, for which there are no registers
+                const float4 both = b[32 * j];
+                float part[4] = {};
+                mma_16x8x8(part, {first.x, first.y, first.z, first.w}, {both.x, both.y});
+                mma_16x8x8(part, {second.x, second.y, second.z, second.w}, {both.z, both.w});
+#pragma unroll
+                for (int e = 0; e < 4; ++e) {
+                    const int call = (i * 2 + e / 2) * pairs + j / 2;
+                    sums[i][j][e] += mask >> (4 * call + j % 2 * 2 + e % 2) & 1 ? part[e] : 0;
+                }
+            }
         }
-    }
-    static __device__ __forceinline__ void multiply(float (&part)[4], float4 upper, float4 lower, float4 b) {
-        mma_16x8x8(part, {upper.x, lower.x, upper.y, lower.y}, {b.x, b.y});
-        mma_16x8x8(part, {upper.z, lower.z, upper.w, lower.w}, {b.z, b.w});
     }
 
     __device__ __forceinline__ void add_low_rank(Accumulators<Tile>& sums, unsigned char* shared,
                                                  const Terms<Tile>& terms) const {
-        const bool dropout = product.dropout.threshold != 0;
-        const std::uint64_t mask = dropout ? survivors() : 0;
+        const std::uint64_t mask = product.dropout.threshold != 0 ? survivors() : ~std::uint64_t(0);
+        float* left = reinterpret_cast<float*>(shared);
+        float* right = left + Tile::rows * rank_step;
         const Matrix low_left = {product.low_left, DType::f32, product.rank, 1};
         for (int first = 0; first < product.rank; first += rank_step) {
             __syncthreads();  // all have read what lies there
             const Epilogue now(product, terms, wide);
-            stage<Tile::rows, false>(shared, low_left, now.row0, now.rows, first, 1);
-            stage<Tile::columns, true>(shared + Tile::rows * RankRow::row_bytes, product.low_right, now.column0, now.columns,
-                                       first, product.low_scale * product.dropout.scale);
+            stage<Tile::rows, true>(left, low_left, now.row0, now.rows, first, 1);
+            stage<Tile::columns, false>(right, product.low_right, now.column0, now.columns, first,
+                                        product.low_scale * product.dropout.scale);
             __syncthreads();
-            if (dropout) {
-                // The mask falls on each step's part alone: a sum of masked parts is the masked sum.
-                each_fragment(shared, [&](int i, int j, float4 upper, float4 lower, float4 b) {
-                    float part[4] = {};
-                    multiply(part, upper, lower, b);
-#pragma unroll
-                    for (int e = 0; e < 4; ++e) {
-                        const int call = (i * 2 + e / 2) * pairs + j / 2;
-                        if (mask >> (4 * call + j % 2 * 2 + e % 2) & 1) sums[i][j][e] += part[e];
-                    }
-                });
-            } else {
-                each_fragment(shared, [&](int i, int j, float4 upper, float4 lower, float4 b) {
-                    multiply(sums[i][j], upper, lower, b);
-                });
-            }
+            add_staged(sums, left, right, mask);
         }
     }
 

@@ -105,8 +105,8 @@ struct RowsOfB {
                     const bool exists = row < columns && at < rank;
                     const float value = exists ? to_float(data[row * B.row_stride + at * B.column_stride]) : 0.0f;
                     const Split parts = split_tf32(value);
-                    values[0][step][tile][i] = parts.high;
-                    values[halves - 1][step][tile][i] = halves == 2 ? parts.low : parts.high;
+#pragma unroll
+                    for (int half = 0; half < halves; ++half) values[half][step][tile][i] = parts.half[half];
                 }
     }
 };
@@ -135,9 +135,11 @@ __device__ __forceinline__ void multiply_rows(const T* columns, const RowsOfB<ra
     }
 #pragma unroll
     for (int tile = 0; tile < ranks / 8; ++tile) {
-        float total[4];
+        float(&total)[4] = sums[0][tile];
 #pragma unroll
-        for (int i = 0; i < 4; ++i) total[i] = sums[0][tile][i] + (halves == 2 ? sums[halves - 1][tile][i] : 0.0f);
+        for (int half = 1; half < halves; ++half)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) total[i] += sums[half][tile][i];
         reinterpret_cast<float4*>(product)[tile * warp_size + lane] =
             make_float4(total[0], total[1], total[2], total[3]);
     }

@@ -367,6 +367,7 @@ void lora_forward(const Tensor& x, const Weight& weight, const Adapter& adapter,
     check_two_dimensional(x);
     check_two_dimensional(*weight.values);
     check_two_dimensional(S);
+    check_16_bits(x);
     const std::int64_t M = x.sizes[0], K = x.sizes[1], N = weight.values->sizes[0], r = S.sizes[1];
     check_layer_weight(weight, x.dtype, N, K);
     check_matrix(*adapter.B, {"N", N}, {"r", r});

@@ -9,7 +9,6 @@
 // their loads are on the way together. Threads lie along the columns first: neighbours touch neighbouring memory.
 //
 // Both are bound by memory. Groups go by vector accesses where pointers and strides allow that, else by elements.
-#include <algorithm>
 #include <type_traits>
 
 #include "element.cuh"
@@ -24,7 +23,6 @@ constexpr unsigned infinity_bits = 0x7f800000u;
 constexpr int warp_size = 32;
 constexpr int most_threads = 256;
 constexpr int rows_at_once = 4;
-constexpr int most_grid_rows = 65535;  // the largest gridDim.y
 
 int pieces(std::int64_t n, std::int64_t size) { return static_cast<int>((n + size - 1) / size); }
 
@@ -47,18 +45,31 @@ struct Group {
     using Bytes = std::conditional_t<sizeof(T) == 4, std::uint32_t, uint2>;  // the same columns in int8
 };
 
-template <class T>
-__device__ __forceinline__ void load_group(const T* from, int count, bool vector, float (&values)[Group<T>::size]) {
-    constexpr int size = Group<T>::size;
-    T elements[size];
+// The first `count` of a group, zeros behind them; together they are one Word.
+template <class Word, class Element, int size>
+__device__ __forceinline__ void load_as(const Element* from, int count, bool vector, Element (&elements)[size]) {
+    static_assert(sizeof(Word) == sizeof(elements));
     if (vector && count >= size) {
-        const uint4 word = *reinterpret_cast<const uint4*>(from);
+        const Word word = *reinterpret_cast<const Word*>(from);
         memcpy(static_cast<void*>(elements), &word, sizeof(word));
-#pragma unroll
-        for (int i = 0; i < size; ++i) values[i] = to_float(elements[i]);
     } else {
 #pragma unroll
-        for (int i = 0; i < size; ++i) values[i] = i < count ? to_float(from[i]) : 0.0f;
+        for (int i = 0; i < size; ++i) elements[i] = i < count ? from[i] : Element();
+    }
+}
+
+// The first `count` of a group, which together is one Word.
+template <class Word, class Element, int size>
+__device__ __forceinline__ void store_as(Element* to, int count, bool vector, const Element (&elements)[size]) {
+    static_assert(sizeof(Word) == sizeof(elements));
+    if (vector && count >= size) {
+        Word word;
+        memcpy(&word, elements, sizeof(word));
+        *reinterpret_cast<Word*>(to) = word;
+    } else {
+#pragma unroll
+        for (int i = 0; i < size; ++i)
+            if (i < count) to[i] = elements[i];
     }
 }
 
@@ -94,13 +105,13 @@ __global__ void __launch_bounds__(most_threads) quantize_kernel(QuantizeKernel k
     const T* w = static_cast<const T*>(pass.w) + row * pass.w_stride;
     std::int8_t* q = pass.q + row * pass.q_stride;
     const int first = threadIdx.x * size, step = blockDim.x * size;
-    float values[size];
+    T values[size];
 
     unsigned peak = 0;
     for (int k = first; k < pass.columns; k += step) {
-        load_group(w + k, pass.columns - k, kernel.vector, values);
+        load_as<uint4>(w + k, pass.columns - k, kernel.vector, values);
 #pragma unroll
-        for (int i = 0; i < size; ++i) peak = max(peak, __float_as_uint(fabsf(values[i])));
+        for (int i = 0; i < size; ++i) peak = max(peak, __float_as_uint(fabsf(to_float(values[i]))));
     }
     peak = block_max(peak);
 
@@ -110,19 +121,11 @@ __global__ void __launch_bounds__(most_threads) quantize_kernel(QuantizeKernel k
     const float divisor = scale > 0.0f ? scale : 1.0f;
     for (int k = first; k < pass.columns; k += step) {
         const int count = pass.columns - k;
-        load_group(w + k, count, kernel.vector, values);
+        load_as<uint4>(w + k, count, kernel.vector, values);
         std::int8_t levels_of_group[size];
 #pragma unroll
-        for (int i = 0; i < size; ++i) levels_of_group[i] = finite ? quantized(values[i], divisor) : std::int8_t{0};
-        if (kernel.vector && count >= size) {
-            typename Group<T>::Bytes word;
-            memcpy(&word, levels_of_group, sizeof(word));
-            *reinterpret_cast<typename Group<T>::Bytes*>(q + k) = word;
-        } else {
-#pragma unroll
-            for (int i = 0; i < size; ++i)
-                if (i < count) q[k + i] = levels_of_group[i];
-        }
+        for (int i = 0; i < size; ++i) levels_of_group[i] = finite ? quantized(to_float(values[i]), divisor) : std::int8_t{0};
+        store_as<typename Group<T>::Bytes>(q + k, count, kernel.vector, levels_of_group);
     }
 }
 
@@ -140,60 +143,37 @@ cudaError_t quantize_as(const Quantize& pass, const Launch& launch) {
 struct DequantizeKernel {
     Dequantize pass;
     int column_threads;  // of a block, a power of two; the others lie along the rows
+    int column_blocks;
     bool vector;
 };
-
-template <class T>
-__device__ __forceinline__ void load_levels(const std::int8_t* q, int count, bool vector,
-                                            std::int8_t (&levels_of_group)[Group<T>::size]) {
-    constexpr int size = Group<T>::size;
-    if (vector && count >= size) {
-        const typename Group<T>::Bytes word = *reinterpret_cast<const typename Group<T>::Bytes*>(q);
-        memcpy(levels_of_group, &word, sizeof(word));
-    } else {
-#pragma unroll
-        for (int i = 0; i < size; ++i) levels_of_group[i] = i < count ? q[i] : std::int8_t{0};
-    }
-}
 
 template <class T>
 __global__ void __launch_bounds__(most_threads) dequantize_kernel(DequantizeKernel kernel) {
     constexpr int size = Group<T>::size;
     const Dequantize& pass = kernel.pass;
-    const int k = (blockIdx.x * kernel.column_threads + threadIdx.x % kernel.column_threads) * size;
+    const int k = (blockIdx.x % kernel.column_blocks * kernel.column_threads + threadIdx.x % kernel.column_threads) * size;
     const int count = pass.columns - k;
     if (count <= 0) return;
     const int block_rows = blockDim.x / kernel.column_threads;
-    const std::int64_t row_step = static_cast<std::int64_t>(gridDim.y) * block_rows;
-    std::int64_t row = static_cast<std::int64_t>(blockIdx.y) * block_rows + threadIdx.x / kernel.column_threads;
-    for (; row < pass.rows; row += rows_at_once * row_step) {
-        std::int8_t q[rows_at_once][size];
-        float scale[rows_at_once];
+    const std::int64_t first = static_cast<std::int64_t>(blockIdx.x / kernel.column_blocks) * rows_at_once * block_rows +
+                               threadIdx.x / kernel.column_threads;
+    std::int8_t q[rows_at_once][size];
+    float scale[rows_at_once];
 #pragma unroll
-        for (int i = 0; i < rows_at_once; ++i) {
-            const std::int64_t m = row + i * row_step;
-            if (m >= pass.rows) break;
-            load_levels<T>(pass.q + m * pass.q_stride + k, count, kernel.vector, q[i]);
-            scale[i] = pass.scale ? pass.scale[m] : 1.0f;
-        }
+    for (int i = 0; i < rows_at_once; ++i) {
+        const std::int64_t row = first + i * block_rows;
+        if (row >= pass.rows) break;
+        load_as<typename Group<T>::Bytes>(pass.q + row * pass.q_stride + k, count, kernel.vector, q[i]);
+        scale[i] = pass.scale ? pass.scale[row] : 1.0f;
+    }
 #pragma unroll
-        for (int i = 0; i < rows_at_once; ++i) {
-            const std::int64_t m = row + i * row_step;
-            if (m >= pass.rows) break;
-            T* out = static_cast<T*>(pass.out) + m * pass.out_stride + k;
-            T elements[size];
+    for (int i = 0; i < rows_at_once; ++i) {
+        const std::int64_t row = first + i * block_rows;
+        if (row >= pass.rows) return;
+        T elements[size];
 #pragma unroll
-            for (int j = 0; j < size; ++j) elements[j] = from_float<T>(q[i][j] * scale[i] * pass.factor);
-            if (kernel.vector && count >= size) {
-                uint4 word;
-                memcpy(&word, elements, sizeof(word));
-                *reinterpret_cast<uint4*>(out) = word;
-            } else {
-#pragma unroll
-                for (int j = 0; j < size; ++j)
-                    if (j < count) out[j] = elements[j];
-            }
-        }
+        for (int j = 0; j < size; ++j) elements[j] = from_float<T>(q[i][j] * scale[i] * pass.factor);
+        store_as<uint4>(static_cast<T*>(pass.out) + row * pass.out_stride + k, count, kernel.vector, elements);
     }
 }
 
@@ -204,10 +184,10 @@ cudaError_t dequantize_as(const Dequantize& pass, const Launch& launch) {
         rows_aligned(pass.q, pass.q_stride, 1, size) && rows_aligned(pass.out, pass.out_stride, sizeof(T), 16);
     const int groups = pieces(pass.columns, size);
     const int column_threads = threads_for(groups, 1);
-    const int rows_of_block = most_threads / column_threads * rows_at_once;
-    const dim3 grid(pieces(groups, column_threads), std::min(pieces(pass.rows, rows_of_block), most_grid_rows));
-    return launch_kernel(dequantize_kernel<T>, grid, most_threads, 0, launch.stream,
-                         DequantizeKernel{pass, column_threads, vector});
+    const int column_blocks = pieces(groups, column_threads);
+    const int row_blocks = pieces(pass.rows, most_threads / column_threads * rows_at_once);
+    return launch_kernel(dequantize_kernel<T>, dim3(static_cast<unsigned>(row_blocks) * column_blocks), most_threads, 0,
+                         launch.stream, DequantizeKernel{pass, column_threads, column_blocks, vector});
 }
 
 }  // namespace

@@ -33,10 +33,14 @@ using namespace stream_parts;
 constexpr int warps = 8, threads = 32 * warps;
 constexpr int row_tiles = 2, warp_rows = 16 * row_tiles, block_rows = warps * warp_rows;
 constexpr int step_depth = 32;    // of a warp's step: 8 for each lane of a quad
-constexpr int most_tiles = 8;     // of 8 ranks in a block
 constexpr int chunk_bytes = 16;   // two depths of small in two parts
 constexpr int stage_bytes = threads * 4 * chunk_bytes;  // 8 depths from every thread
 constexpr int least_slice = 128;  // of the depth: less is not worth the second kernel's reading
+
+// Blocks of so many tiles of 8 ranks that a multiprocessor has registers for.
+constexpr int blocks_at_once(int tiles, bool tensor_cores) { return tiles > (tensor_cores ? 2 : 1) ? 1 : 2; }
+
+constexpr int most_tiles = 8, most_tiles_of_75 = 4;
 
 // A pass and what its launch has settled.
 struct Work {
@@ -120,10 +124,19 @@ __device__ __forceinline__ void drop(uint4 (&x)[2 * row_tiles], std::uint32_t su
         }
 }
 
+// The sums of a warp: fragments of tensor cores; below sm_80, where there is no tf32, each lane adds for its own depths,
+// in rows g, g + 8, ..., all 8 ranks of a tile, and the quads add theirs up in the end.
+constexpr bool tensor_cores = PYADAPT_ARCH >= 800;
+template <int tiles>
+using Fragments = float[row_tiles][tiles][4];
+template <int tiles>
+using OwnSums = float[2 * row_tiles][tiles][8];
+template <int tiles>
+using Sums = std::conditional_t<tensor_cores, Fragments<tiles>, OwnSums<tiles>>;
+
 // sums += x small' for 32 depths; x[2i] and x[2i + 1] hold rows g and g+8 of tile i, `small` the fragments of the depths.
 template <class T, int tiles, bool two_products>
-__device__ __forceinline__ void multiply(float (&sums)[row_tiles][tiles][4], const uint4 (&x)[2 * row_tiles],
-                                         const float4* small) {
+__device__ __forceinline__ void multiply(Fragments<tiles>& sums, const uint4 (&x)[2 * row_tiles], const float4* small) {
 #pragma unroll
     for (int pair = 0; pair < 4; ++pair) {
         float a[row_tiles][4];
@@ -145,6 +158,50 @@ __device__ __forceinline__ void multiply(float (&sums)[row_tiles][tiles][4], con
     }
 }
 
+template <class T, int tiles>
+__device__ __forceinline__ void multiply(OwnSums<tiles>& sums, const uint4 (&x)[2 * row_tiles], const float4* small) {
+#pragma unroll
+    for (int pair = 0; pair < 4; ++pair) {
+        float2 a[2 * row_tiles];
+#pragma unroll
+        for (int i = 0; i < 2 * row_tiles; ++i) a[i] = unpack<T>((&x[i].x)[pair]);
+#pragma unroll
+        for (int j = 0; j < tiles; ++j)
+#pragma unroll
+            for (int n = 0; n < 8; ++n) {
+                const float4* chunk = small + (j * 4 + pair) * 32 + 4 * n + threadIdx.x % 4;
+                const float2 b = *reinterpret_cast<const float2*>(chunk);
+#pragma unroll
+                for (int i = 0; i < 2 * row_tiles; ++i)
+                    sums[i][j][n] = fmaf(a[i].y, b.y, fmaf(a[i].x, b.x, sums[i][j][n]));
+            }
+    }
+}
+
+// From the sums of the lanes of a quad to the fragments' order: each lane sends three quarters of its ranks, and adds up
+// the one that it keeps.
+template <int tiles>
+__device__ __forceinline__ void add_quads(const OwnSums<tiles>& own, Fragments<tiles>& sums) {
+    const bool upper_half = threadIdx.x & 2, upper_quarter = threadIdx.x & 1;
+#pragma unroll
+    for (int i = 0; i < 2 * row_tiles; ++i)
+#pragma unroll
+        for (int j = 0; j < tiles; ++j) {
+            float half[4];
+#pragma unroll
+            for (int n = 0; n < 4; ++n) {
+                const float low = own[i][j][n], high = own[i][j][4 + n];
+                half[n] = (upper_half ? high : low) + __shfl_xor_sync(0xffffffffu, upper_half ? low : high, 2);
+            }
+#pragma unroll
+            for (int n = 0; n < 2; ++n) {
+                const float low = half[n], high = half[2 + n];
+                sums[i / 2][j][i % 2 * 2 + n] =
+                    (upper_quarter ? high : low) + __shfl_xor_sync(0xffffffffu, upper_quarter ? low : high, 1);
+            }
+        }
+}
+
 // One sum as it is defined.
 template <class T>
 __device__ __forceinline__ float plain_sum(const Shrink& pass, int row, int n, int first, int last) {
@@ -164,10 +221,43 @@ __device__ __forceinline__ float plain_sum(const Shrink& pass, int row, int n, i
     return sum;
 }
 
+// This lane's sums over depths first .. last - 1, of the tile with this corner.
+template <class T, int tiles>
+__device__ __forceinline__ void store(const Work& work, const Fragments<tiles>& sums, int row0, int rank0, int first,
+                                      int last) {
+    const Shrink& pass = work.pass;
+    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    const float factor = pass.alpha * pass.dropout.scale;
+    float* out = work.out + std::int64_t(blockIdx.z) * pass.M * pass.rank;
+    bool finite = true;
+#pragma unroll
+    for (int i = 0; i < row_tiles; ++i)
+#pragma unroll
+        for (int j = 0; j < tiles; ++j)
+#pragma unroll
+            for (int c = 0; c < 4; ++c) {
+                const int row = row0 + 16 * i + c / 2 * 8 + g, n = rank0 + 8 * j + 2 * t + c % 2;
+                if (row >= pass.M || n >= pass.rank) continue;
+                finite &= fabsf(sums[i][j][c]) < INFINITY;
+                out[std::int64_t(row) * pass.rank + n] = factor * sums[i][j][c];
+            }
+    if (finite || !work.two_products) return;
+
+    // Inf times the two parts of a number may have become NaN: once more, without parts.
+#pragma unroll 1
+    for (int e = 0; e < row_tiles * tiles * 4; ++e) {
+        const int row = row0 + e % (2 * row_tiles) * 8 + g;
+        const int n = rank0 + e / (4 * row_tiles) * 8 + 2 * t + e / (2 * row_tiles) % 2;
+        if (row >= pass.M || n >= pass.rank) continue;
+        float& sum = out[std::int64_t(row) * pass.rank + n];
+        if (!(fabsf(sum) < INFINITY)) sum = factor * plain_sum<T>(pass, row, n, first, last);
+    }
+}
+
 // `tiles` of 8 ranks for a block. Each warp brings one fragment of small into a stage: 8 / tiles steps of depth in all.
 template <class T, int tiles>
-__global__ void __launch_bounds__(threads, tiles == most_tiles ? 1 : 2) shrink_kernel(const Work work) {
-    if constexpr (PYADAPT_ARCH >= 800 || std::is_same_v<T, __half>) {
+__global__ void __launch_bounds__(threads, blocks_at_once(tiles, tensor_cores)) shrink_kernel(const Work work) {
+    if constexpr (tensor_cores || (std::is_same_v<T, __half> && tiles <= most_tiles_of_75)) {
         PYADAPT_DYNAMIC_SHARED(shared);
         constexpr int steps_of_stage = warps / tiles;
         const Shrink& pass = work.pass;
@@ -186,7 +276,7 @@ __global__ void __launch_bounds__(threads, tiles == most_tiles ? 1 : 2) shrink_k
         };
         if (steps > 0) load_piece(0);
 
-        float sums[row_tiles][tiles][4] = {};
+        Sums<tiles> sums = {};
         uint4 x[2][2 * row_tiles];
         for (int two = -2; two < steps; two += 2)
 #pragma unroll
@@ -205,7 +295,8 @@ __global__ void __launch_bounds__(threads, tiles == most_tiles ? 1 : 2) shrink_k
                         if (dropout)
                             drop(x[b], survivors(philox, pass.dropout, row0 + g, first + step * step_depth + 8 * t));
                         const float4* small = reinterpret_cast<const float4*>(stage) + in_stage * tiles * (4 * 32);
-                        if (work.two_products) multiply<T, tiles, true>(sums, x[b], small);
+                        if constexpr (!tensor_cores) multiply<T, tiles>(sums, x[b], small);
+                        else if (work.two_products) multiply<T, tiles, true>(sums, x[b], small);
                         else multiply<T, tiles, false>(sums, x[b], small);
                     }
                 }
@@ -216,42 +307,28 @@ __global__ void __launch_bounds__(threads, tiles == most_tiles ? 1 : 2) shrink_k
                                              row0 + 8 * i + g < pass.M ? pass.K : 0, work.x_in_chunks);
             }
 
-        const float factor = pass.alpha * pass.dropout.scale;
-        float* out = work.out + std::int64_t(blockIdx.z) * pass.M * pass.rank;
-        bool finite = true;
-#pragma unroll
-        for (int i = 0; i < row_tiles; ++i)
-#pragma unroll
-            for (int j = 0; j < tiles; ++j)
-#pragma unroll
-                for (int c = 0; c < 4; ++c) {
-                    const int row = row0 + 16 * i + c / 2 * 8 + g, n = rank0 + 8 * j + 2 * t + c % 2;
-                    if (row >= pass.M || n >= pass.rank) continue;
-                    finite &= fabsf(sums[i][j][c]) < INFINITY;
-                    out[std::int64_t(row) * pass.rank + n] = factor * sums[i][j][c];
-                }
-        if (finite) return;
-
-        // Inf times the two parts of a number may have become NaN: once more, without parts.
-#pragma unroll 1
-        for (int e = 0; e < row_tiles * tiles * 4; ++e) {
-            const int row = row0 + e % (2 * row_tiles) * 8 + g;
-            const int n = rank0 + e / (4 * row_tiles) * 8 + 2 * t + e / (2 * row_tiles) % 2;
-            if (row >= pass.M || n >= pass.rank) continue;
-            float& sum = out[std::int64_t(row) * pass.rank + n];
-            if (!(fabsf(sum) < INFINITY)) sum = factor * plain_sum<T>(pass, row, n, first, first + depth);
+        if constexpr (tensor_cores) {
+            store<T, tiles>(work, sums, row0, rank0, first, first + depth);
+        } else {
+            Fragments<tiles> added;
+            add_quads<tiles>(sums, added);
+            store<T, tiles>(work, added, row0, rank0, first, first + depth);
         }
     }
 }
 
-int rank_tiles(int rank) { return rank > 32 ? 8 : rank > 16 ? 4 : rank > 8 ? 2 : 1; }
+int rank_tiles(int rank, const Launch& launch) {
+    const int most = launch.capability < 80 ? most_tiles_of_75 : most_tiles;
+    return rank > 32 ? most : rank > 16 ? 4 : rank > 8 ? 2 : 1;
+}
 
-// Two blocks for every multiprocessor, which is what their registers allow.
+// As many blocks as the machine can run at once.
 Slices slices_of(const Shrink& pass, const Launch& launch) {
     const std::int64_t down = (std::int64_t(pass.M) + block_rows - 1) / block_rows;
-    const int ranks = 8 * rank_tiles(pass.rank), across = (pass.rank + ranks - 1) / ranks;
+    const int tiles = rank_tiles(pass.rank, launch), across = (pass.rank + 8 * tiles - 1) / (8 * tiles);
     const std::int64_t blocks = std::max<std::int64_t>(1, down * across);
-    return cut(pass.K, step_depth, least_slice, 2 * launch.multiprocessors / blocks);
+    const std::int64_t at_once = blocks_at_once(tiles, launch.capability >= 80) * std::int64_t(launch.multiprocessors);
+    return cut(pass.K, step_depth, least_slice, at_once / blocks);
 }
 
 template <class T, int tiles>
@@ -264,7 +341,7 @@ cudaError_t launch_tiles(const Work& work, const Launch& launch) {
 
 template <class T>
 cudaError_t choose_tiles(const Work& work, const Launch& launch) {
-    switch (rank_tiles(work.pass.rank)) {
+    switch (rank_tiles(work.pass.rank, launch)) {
         case 1: return launch_tiles<T, 1>(work, launch);
         case 2: return launch_tiles<T, 2>(work, launch);
         case 4: return launch_tiles<T, 4>(work, launch);

@@ -112,22 +112,22 @@ inline Wide wide_matrix(const void* data, std::int64_t stride, int rows, int col
     return {data, stride, rows, columns, vector};
 }
 
+constexpr int halves = PYADAPT_ARCH >= 800 ? 2 : 1;  // that an fp32 number is split into
+
 struct Split {
-    float high, low;
+    float half[halves];
 };
 
-// high + low = value, both in tf32. high is cut off and not rounded, and low never 0 beside another high: the two have
-// one sign, and times an infinity they do not cancel to NaN.
+// Two halves add up to the value, both in tf32, high and low. The high one is cut off and not rounded, and the low one
+// never 0 beside another high: the two have one sign, and times an infinity they do not cancel to NaN.
 __device__ __forceinline__ Split split_tf32(float value) {
 #if PYADAPT_ARCH >= 800
     const float high = __uint_as_float(__float_as_uint(value) & 0xffffe000u);
-    return {high, round_tf32(value == high ? value * 0x1p-30f : value - high)};
+    return {{high, round_tf32(value == high ? value * 0x1p-30f : value - high)}};
 #else
-    return {value, 0.0f};  // nothing is rounded there, and low not used
+    return {{value}};  // nothing is rounded there
 #endif
 }
-
-constexpr int halves = PYADAPT_ARCH >= 800 ? 2 : 1;  // of an fp32 number that are multiplied
 
 // --- the walk of a block down its rows ---
 
@@ -216,8 +216,8 @@ struct Walk {
             const int index = threadIdx.x + i * threads;
             const int place_in_half = index / ranks * S::small_stride + index % ranks;
             const Split split = split_tf32(small_ahead[i]);
-            small_at(tile, 0)[place_in_half] = split.high;
-            if constexpr (halves == 2) small_at(tile, 1)[place_in_half] = split.low;
+#pragma unroll
+            for (int half = 0; half < halves; ++half) small_at(tile, half)[place_in_half] = split.half[half];
         }
     }
 

@@ -65,7 +65,7 @@ class Recipe:
     """What a shared library is made from, beside the stand-in runtime."""
 
     name: str  # of the file
-    kernels: Sequence[Path]
+    kernels: Sequence[Path]  # .cu, or .ptx that is only translated
     sources: Sequence[Path] = ()
     includes: Sequence[Path] = ()
     definitions: dict[str, str] = field(default_factory=dict)
@@ -125,19 +125,20 @@ class _Build:
         recipe = self.recipe
         includes = [f"-I{path}" for path in (*recipe.includes, self.toolkit.include)]
         host_flags = [*CXX_FLAGS, "-O2", *(f"-D{name}={value}" for name, value in recipe.definitions.items()), *includes]
-        kernels = [self.pool.submit(self._nvcc, path) for path in recipe.kernels]
         parts = [self.pool.submit(self._cxx, path, host_flags) for path in (*recipe.sources, RUNTIME / "cudart.cpp")]
-        # What comes out of nvcc decides what is translated. A thread of the pool must not wait for another.
-        translated = []
+        # A thread of the pool must not wait for another: what nvcc leaves is waited for here.
+        cuda = [path for path in recipe.kernels if path.suffix == ".cu"]
+        compiled = [self.pool.submit(self._nvcc, path) for path in cuda]
+        parts += [self.pool.submit(self._translated, p, p.stem) for p in recipe.kernels if p.suffix == ".ptx"]
         host_objects = []
-        for path, future in zip(recipe.kernels, kernels, strict=True):
-            outputs = future.result()
-            host_objects.append(outputs[0])
-            translated += [
-                self.pool.submit(self._translated, ptx, f"{path.stem}-sm{architecture}")
-                for architecture, ptx in zip(ARCHITECTURES, outputs[1:], strict=True)
+        for path, future in zip(cuda, compiled, strict=True):
+            host, *ptx = future.result()
+            host_objects.append(host)
+            parts += [
+                self.pool.submit(self._translated, file, f"{path.stem}-sm{architecture}")
+                for architecture, file in zip(ARCHITECTURES, ptx, strict=True)
             ]
-        objects = [*host_objects, *(future.result() for future in (*parts, *translated))]
+        objects = [*host_objects, *(future.result() for future in parts)]
         return self._link(objects)
 
     def _nvcc(self, source: Path) -> list[Path]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -48,6 +49,21 @@ def reset(target: ModuleType | Path) -> None:
 def launches(target: ModuleType | Path) -> list[dict[str, Any]]:
     """The launches since `reset`, oldest first: kernel, grid, block, shared, and how often what happened."""
     return json.loads(library(target).emulator_launches())
+
+
+def launch(
+    target: ModuleType | Path,
+    kernel: str,
+    arguments: Sequence[ctypes._SimpleCData | ctypes.Structure],
+    block: tuple[int, int, int] = (32, 1, 1),
+    grid: tuple[int, int, int] = (1, 1, 1),
+    shared: int = 0,
+) -> int:
+    """Run a translated kernel by its PTX name; gives the cudaError_t."""
+    pointers = (ctypes.c_void_p * (len(arguments) or 1))(*(ctypes.addressof(a) for a in arguments))
+    extent = ctypes.c_uint * 3
+    function = library(target).emulator_launch
+    return function(kernel.encode(), extent(*grid), extent(*block), pointers, ctypes.c_size_t(shared))
 
 
 def library(target: ModuleType | Path) -> ctypes.CDLL:

@@ -1,7 +1,7 @@
 """The source route: csrc/cuda/<stem>.cu compiled by g++ for the emulator, with its driver, plain and sanitized.
 
 A program is a driver (drivers/<stem>.cpp), linked with the kernels it drives where there are any, for one architecture
-in one flavour. Objects are kept in build/emulator under a name made from all that they are compiled from.
+in one flavour. Objects are kept in build/emulator/source under a name made from all that they are compiled from.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ CSRC = ROOT / "csrc"
 EMULATOR = Path(__file__).resolve().parent
 RUNTIME = EMULATOR / "runtime"
 DRIVERS = EMULATOR / "drivers"
-CACHE = ROOT / "build" / "emulator"
+CACHE = ROOT / "build" / "emulator" / "source"
 
 ARCHITECTURES = (750, 800)
 KEPT_DAYS = 7
@@ -116,6 +116,10 @@ def stems() -> list[str]:
     return sorted(path.stem for path in DRIVERS.glob("*.cpp") if (CSRC / "cuda" / f"{path.stem}.cu").exists())
 
 
+def _system(folder: Path) -> list[str]:
+    return ["-isystem", str(folder)]
+
+
 def _options(flavour: str, architecture: int, csrc: Path) -> list[str]:
     return [
         *COMMON,
@@ -125,9 +129,14 @@ def _options(flavour: str, architecture: int, csrc: Path) -> list[str]:
         f"-I{RUNTIME}",
         f"-I{DRIVERS}",
         f"-I{csrc}",
-        "-isystem",
-        str(cuda_include()),
+        *_system(cuda_include()),
+        *_system(cuda_include() / "cccl"),  # CUDA 13 keeps its C++ library there
     ]
+
+
+def _without_place(options: list[str], csrc: Path) -> list[str]:
+    """The same, wherever this csrc lies: a copy of the sources makes the same object."""
+    return [option for option in options if option != f"-I{csrc}"]
 
 
 @functools.cache
@@ -185,13 +194,13 @@ def _headers(csrc: Path) -> list[Path]:
     return sorted([*RUNTIME.glob("*.hpp"), *DRIVERS.glob("*.hpp"), *csrc.glob("core/*.hpp"), *csrc.glob("cuda/*.hpp")])
 
 
-def driver_object(driver: str, flavour: str, architecture: int, csrc: Path = CSRC) -> Path:
-    """drivers/<driver>.cpp, compiled."""
+def driver_object(driver: str, flavour: str, architecture: int, csrc: Path = CSRC, more: Sequence[str] = ()) -> Path:
+    """drivers/<driver>.cpp, compiled with `more` options than the usual ones."""
     source = DRIVERS / f"{driver}.cpp"
     if re.search(r'#include\s+["<][^">]*\.cuh?[">]', source.read_text()):
         raise CompileError(f"{source.name} includes device code: a driver calls what kernels.hpp declares")
-    options = _options(flavour, architecture, csrc)
-    name = _name(f"driver-{driver}", [source, *_headers(csrc)], [*options[:-3], str(cuda_include())])
+    options = [*_options(flavour, architecture, csrc), *more]
+    name = _name(f"driver-{driver}", [source, *_headers(csrc)], _without_place(options, csrc))
     return _make(f"{name}.o", [str(compiler()), *options, "-c", str(source)])
 
 
@@ -200,14 +209,17 @@ def kernel_object(stem: str, flavour: str, architecture: int, csrc: Path = CSRC)
     source = csrc / "cuda" / f"{stem}.cu"
     options = _options(flavour, architecture, csrc)
     files = [source, *sorted(csrc.glob("cuda/*.cuh")), *_headers(csrc)]
-    name = _name(f"kernel-{stem}", files, [*options[:-3], str(cuda_include())])
+    name = _name(f"kernel-{stem}", files, _without_place(options, csrc))
     return _make(f"{name}.o", [str(compiler()), *options, "-x", "c++", "-c", str(source)])
 
 
-def program(driver: str, flavour: str, architecture: int = 800, csrc: Path = CSRC) -> Path:
-    """The driver, linked with the kernels of its name where there are any. Raises CompileError."""
+def program(driver: str, flavour: str, architecture: int = 800, csrc: Path = CSRC, more: Sequence[str] = ()) -> Path:
+    """The driver, linked with the kernels of its name where there are any. Raises CompileError.
+
+    `more` options are the driver's alone: for one without kernels.
+    """
     _forget_old()
-    objects = [driver_object(driver, flavour, architecture, csrc)]
+    objects = [driver_object(driver, flavour, architecture, csrc, more)]
     if (csrc / "cuda" / f"{driver}.cu").exists():
         objects.append(kernel_object(driver, flavour, architecture, csrc))
     name = _name(f"program-{driver}", objects, FLAVOURS[flavour])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-
 from emulator import faults, source_route
 
 ALL = [(stem, fault) for stem in faults.stems() for fault in faults.faults_of(stem)]

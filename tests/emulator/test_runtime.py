@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-
 from emulator import source_route
 
 # Right kernels, which every flavour has to let pass.
@@ -118,6 +117,16 @@ def test_bank_conflicts_are_counted():
 
 def test_fiber_orders():
     assert outcome_of("order", "plain").passed
+
+
+@pytest.mark.parametrize("flavour", source_route.FLAVOURS)
+def test_switching_without_assembly(flavour):
+    """What other processors than x86-64 use."""
+    binary = source_route.program("runtime", flavour, more=("-DPYADAPT_EMULATOR_UCONTEXT",))
+    for mode in ("stages", "throwing"):
+        outcome = source_route.run(binary, flavour, mode)
+        assert outcome.passed, outcome
+    assert not source_route.run(binary, flavour, "hand over without barrier").passed
 
 
 def test_unknown_order_is_refused():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-
 from emulator import source_route
 
 STEMS = source_route.stems()

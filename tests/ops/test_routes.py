@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ops.test_native import run_python
-from pyadapt.ops import routes
+from pyadapt.ops import autotune, routes
 
 F32, F16, BF16, I8, F64 = torch.float32, torch.float16, torch.bfloat16, torch.int8, torch.float64
 
@@ -113,9 +113,65 @@ def test_unknown_route():
         pass
 
 
+class Tuned:
+    """Measurements that time by a table, and count."""
+
+    def __init__(self, **microseconds):
+        self.machine = autotune.Measurements("a machine", None)
+        self.microseconds, self.measured = microseconds, 0
+
+    def remembered(self, *arguments):
+        return self.machine.remembered(*arguments)
+
+    def best(self, key, candidates, timer):
+        self.measured += 1
+        return self.machine.best(key, candidates, lambda candidate: self.microseconds[candidate()])
+
+
+@pytest.fixture
+def tuned(monkeypatch):
+    """Measurements in the place of a GPU's, by which torch's GEMM is the faster one."""
+    known = Tuned(fused=9.0, library=4.0)
+    monkeypatch.setattr(autotune, "measurements", lambda device: known)
+    monkeypatch.delenv("PYADAPT_AUTOTUNE", raising=False)
+    return known
+
+
+GPU = torch.device("cuda", 0)
+FORMS = {name: lambda x, name=name: name for name in ("fused", "skinny", "library", "reference")}
+ON_GPU = replace(USUAL, device="cuda", isa="sm_80")
+
+
+def test_on_cuda_the_faster_route_is_measured_once_a_shape(tuned):
+    assert routes.choose(ON_GPU) == "fused"
+    for _ in range(3):
+        assert routes.run(ON_GPU, FORMS, GPU, (0,)) == "library"
+    assert tuned.measured == 1
+    assert routes.run(replace(ON_GPU, M=513), FORMS, GPU, (0,)) == "library"
+    assert tuned.measured == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "route"),
+    [({"M": 16}, "skinny"), ({"M": 17}, "fused"), ({"out": F32}, "library"), ({"isa": "sm_75"}, "library")],
+    ids=str,
+)
+def test_what_has_one_good_route_is_not_measured(tuned, change, route):
+    assert routes.run(replace(ON_GPU, **change), FORMS, GPU, (0,)) == route
+    assert tuned.measured == 0
+
+
+def test_a_forced_or_switched_off_choice_is_not_measured(tuned, monkeypatch):
+    with routes.forced("fused"):
+        assert routes.run(ON_GPU, FORMS, GPU, (0,)) == "fused"
+    assert tuned.measured == 0
+    monkeypatch.setenv("PYADAPT_AUTOTUNE", "0")
+    assert routes.run(ON_GPU, FORMS, GPU, (0,)) == "fused"
+
+
 CHOOSE = """
 import torch
-from pyadapt.ops import routes
+from pyadapt.ops import autotune, routes
 print(routes.choose(routes.case_of("forward", torch.zeros(50, 8), torch.zeros(6, 8), 0, torch.float32)))
 """
 
@@ -133,7 +189,7 @@ import torch
 from ops.oracle import make_layer
 from ops.test_lora import check
 from pyadapt import native
-from pyadapt.ops import routes
+from pyadapt.ops import autotune, routes
 assert not native.available()
 for dtype in (torch.bfloat16, torch.int8):
     with routes.forced("library"):

@@ -90,8 +90,8 @@ int stages(int waits_for, bool barrier_behind) {
         const unsigned i = threadIdx.x;
         auto* stage = shared_as<float>();
         const auto issue = [&](int round) {
-            if (round < rounds)
-                copy_async_16(stage + (round % 2 * threads + i) * 4, source.as<float>() + (round * threads + i) * 4, 16);
+            const float* from = source.as<float>() + (round * threads + i) * 4;
+            if (round < rounds) copy_async_16(stage + (round % 2 * threads + i) * 4, from, 16);
             copy_async_commit();
         };
         issue(0);
@@ -101,7 +101,8 @@ int stages(int waits_for, bool barrier_behind) {
             else copy_async_wait<2>();
             if (barrier_behind) __syncthreads();
             const unsigned other = (i + 1) % threads;
-            if (stage[(round % 2 * threads + other) * 4] != static_cast<float>((round * threads + other) * 4)) right = false;
+            const float want = static_cast<float>((round * threads + other) * 4);
+            if (stage[(round % 2 * threads + other) * 4] != want) right = false;
             __syncthreads();
         }
         copy_async_wait<0>();

@@ -115,7 +115,8 @@ public:
                   static_cast<std::size_t>(shift) * pyadapt::size_of(dtype)) {}
 
     // Uniform values; integers over all of int8 but -128.
-    static Array random(DType dtype, std::int64_t count, Random& random, int shift = 0, double low = -1, double high = 1) {
+    static Array random(DType dtype, std::int64_t count, Random& random, int shift = 0, double low = -1,
+                        double high = 1) {
         Array array(dtype, count, shift);
         for (std::int64_t i = 0; i < count; ++i)
             array.set(i, dtype == DType::i8 ? static_cast<double>(random() % 255) - 127 : uniform(random, low, high));
@@ -191,8 +192,9 @@ inline std::vector<std::uint32_t> philox(std::uint64_t seed, std::uint64_t row, 
 // A dropout with this probability, the seed in the struct or, where `seed_memory` is given, on the device.
 inline pyadapt::cuda::DeviceDropout dropout_of(double probability, std::uint64_t seed, Array* seed_memory = nullptr) {
     if (seed_memory) std::memcpy(seed_memory->data(), &seed, sizeof seed);
+    const std::uint64_t key = seed_memory ? 0 : seed;
     return {seed_memory ? seed_memory->as<const std::int64_t>() : nullptr,
-            {seed_memory ? 0 : static_cast<std::uint32_t>(seed), seed_memory ? 0 : static_cast<std::uint32_t>(seed >> 32)},
+            {static_cast<std::uint32_t>(key), static_cast<std::uint32_t>(key >> 32)},
             static_cast<std::uint64_t>(std::llround(probability * 0x1p32)),
             probability < 1 ? static_cast<float>(1 / (1 - probability)) : 0.0f};
 }
@@ -275,8 +277,10 @@ inline bool run_case(const Case& one, emulator::Order order) {
     std::printf("%s %s %s: error/tolerance %.3f of %ld, mma %ld, ldmatrix %ld, ldmatrix conflicts %ld, %.3f s\n",
                 passed ? "ok" : "FAIL", one.name.c_str(), name_of(order), check.worst(), check.compared(), counted.mma,
                 counted.ldmatrix, counted.ldmatrix_conflicts, seconds);
-    if (!check.passed()) std::printf("    %s; %ld of %ld wrong\n", check.first().c_str(), check.wrong(), check.compared());
-    if (conflicts) std::printf("    bank conflicts: %ld, allowed %ld\n", counted.ldmatrix_conflicts, check.conflicts_allowed());
+    if (!check.passed())
+        std::printf("    %s; %ld of %ld wrong\n", check.first().c_str(), check.wrong(), check.compared());
+    if (conflicts)
+        std::printf("    bank conflicts: %ld, allowed %ld\n", counted.ldmatrix_conflicts, check.conflicts_allowed());
     std::fflush(stdout);
     return passed;
 }

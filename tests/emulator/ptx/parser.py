@@ -272,7 +272,7 @@ def _pieces(body: str):
             table = re.compile(r"\s*\.branchtargets\s+([^;]*);").match(body, position)
             if table:
                 position = table.end()
-                yield f"{match[1]}: .branchtargets {table[1].strip()}"
+                yield f"{match[1]}: .branchtargets {' '.join(table[1].split())}"
             else:
                 yield f"{match[1]}:"
         else:

@@ -1,5 +1,5 @@
-// CUDA's built-ins for kernels compiled by a host compiler: the keywords, the indices, the intrinsics that csrc/cuda uses.
-// Conversions of fp16 and bf16 are the toolkit's own headers', which work on the host.
+// CUDA's built-ins for kernels compiled by a host compiler: the keywords, the indices, the intrinsics that csrc/cuda
+// uses. Conversions of fp16 and bf16 are those of the toolkit's own headers, which work on the host.
 #pragma once
 
 #include <cuda_bf16.h>

@@ -5,13 +5,13 @@
 #include <cstddef>
 #include <cstdint>
 
-#if !defined(__x86_64__)
+#if !defined(__x86_64__) || defined(PYADAPT_EMULATOR_UCONTEXT)
 #include <ucontext.h>
 #endif
 
 namespace pyadapt::emulator {
 
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(PYADAPT_EMULATOR_UCONTEXT)
 
 struct Context {
     void* stack_pointer = nullptr;
@@ -42,7 +42,8 @@ inline void switch_context(Context& from, Context& to) { swap_stacks(&from.stack
 // Make the first switch to `context` call entry(), which must not return, on this stack.
 inline void prepare(Context& context, unsigned char* stack, std::size_t bytes, void (*entry)()) {
     constexpr int preserved = 6;
-    auto* slot = reinterpret_cast<std::uint64_t*>(reinterpret_cast<std::uintptr_t>(stack + bytes) & ~std::uintptr_t{15});
+    const auto top = reinterpret_cast<std::uintptr_t>(stack + bytes) & ~std::uintptr_t{15};
+    auto* slot = reinterpret_cast<std::uint64_t*>(top);
     *--slot = 0;  // where entry would return to; it also leaves the stack pointer as a call would
     *--slot = reinterpret_cast<std::uint64_t>(entry);
     for (int i = 0; i < preserved; ++i) *--slot = 0;

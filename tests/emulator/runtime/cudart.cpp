@@ -376,6 +376,18 @@ EMULATOR_API void emulator_reset() {
     last_error = next_launch = cudaSuccess;
 }
 
+// Launch a translated kernel by its name, as one that may have all the shared memory there is.
+EMULATOR_API int emulator_launch(const char* name, const unsigned* grid, const unsigned* size, void** arguments,
+                                 std::size_t shared) {
+    const Lock lock(exclusive());
+    const TranslatedKernel* kernel = find_kernel(name);
+    if (!kernel) return give(cudaErrorNoKernelImageForDevice);
+    const dim3 grid_size(grid[0], grid[1], grid[2]), block_size(size[0], size[1], size[2]);
+    const Function function = {name, {{current_device, shared_limit()}}};
+    const cudaError_t refused = check_launch(*kernel, function, grid_size, block_size, shared);
+    return give(refused != cudaSuccess ? refused : run(*kernel, grid_size, block_size, arguments, shared));
+}
+
 // The launches since emulator_reset(), oldest first, as JSON; valid until the next call.
 EMULATOR_API const char* emulator_launches() {
     const Lock lock(exclusive());

@@ -85,8 +85,8 @@ template <class... Parameters>
 cudaError_t launch_kernel(void (*kernel)(Parameters...), dim3 grid, int threads, std::size_t shared,
                           cudaStream_t /*stream*/, Parameters... arguments) {
     if (shared > PYADAPT_SHARED_LIMIT)
-        emulator::fail("a launch with " + std::to_string(shared) + " bytes of shared memory, where a block has at most " +
-                       std::to_string(PYADAPT_SHARED_LIMIT));
+        emulator::fail("a launch with " + std::to_string(shared) +
+                       " bytes of shared memory, where a block has at most " + std::to_string(PYADAPT_SHARED_LIMIT));
     const auto run = [&] { kernel(arguments...); };
     emulator::launch({grid.x, grid.y, grid.z}, {static_cast<unsigned>(threads), 1, 1}, shared, run);
     return cudaSuccess;

@@ -1,14 +1,15 @@
-// CUDA threads as fibers of one host thread: a launch runs its blocks one after another, each thread of a block until it
-// waits for others.
+// CUDA threads as fibers of one host thread: a launch runs its blocks one after another, each thread of a block until
+// it waits for others.
 //
 //   launch(grid, size, shared_bytes, function)   function() once a thread; current and block say which one it is
-//   barrier(site)                                __syncthreads: every thread that has not exited; `site` tells calls apart
+//   barrier(site)                                __syncthreads, of all that have not exited; `site` tells calls apart
 //   wait(meeting, name)                          stop until the meeting's generation changes
 //   fail(what)                                   failure.hpp
 //   set_order(order, seed), set_order_from_environment()
 //
-// Orders: forward and reverse run one warp, lane by lane, until all of it waits for other warps, which is as far ahead as
-// one warp can get on a GPU; random takes warps and lanes by chance. PYADAPT_EMULATOR_ORDER: forward, reverse or random.
+// Orders: forward and reverse run one warp, lane by lane, until all of it waits for other warps, which is as far ahead
+// as one warp can get on a GPU; random takes warps and lanes by chance. The environment variable
+// PYADAPT_EMULATOR_ORDER says forward, reverse or random.
 //
 // launch() may be called from any thread; launches exclude each other. Where failure_handler returns, launch() throws
 // Failure, and the fibers of that launch are never resumed: what they hold on their stacks is lost.

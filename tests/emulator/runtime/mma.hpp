@@ -3,11 +3,12 @@
 //   mma_m16n8k16<Format>(d, a, b), mma_m16n8k8<Format>(d, a, b)   d (4 floats) += a b; Format: F16, BF16
 //   mma_m16n8k8_tf32(d, a, b)                                     a, b: bits of fp32, of which the low 13 are ignored
 //   mma_m16n8k8_f32(d, a, b)                                      the same operands in full: no such instruction exists
-//   ldmatrix(r, count, row, transposed)                           count 1, 2 or 4 matrices; `row` of this lane in shared
-//                                                                 memory; of lanes beyond 8 count it is not looked at
+//   ldmatrix(r, count, row, transposed)                           count 1, 2 or 4 matrices; `row`, this lane's, lies in
+//                                                                 shared memory; lanes from 8 count on have none
 //
-// Products are exact in fp32 (11 by 11 bits at most), and summed in fp32 in order of depth, each sum rounded to nearest.
-// Tensor cores sum several products at once with fewer rounding bits: results agree to a few units of fp32, not in bits.
+// Of 16 bits and of tf32 a product is exact in fp32 (11 by 11 bits at most). Sums are fp32, in order of depth, each
+// rounded to nearest. Tensor cores sum several products at once with fewer bits: results agree to a few units of fp32,
+// not in bits.
 #pragma once
 
 #include <cstdint>
@@ -19,7 +20,7 @@
 
 namespace pyadapt::emulator {
 
-inline float float_of_bits(std::uint32_t bits) {
+[[gnu::always_inline]] inline float float_of_bits(std::uint32_t bits) {
     float value;
     __builtin_memcpy(&value, &bits, 4);
     return value;
@@ -29,7 +30,7 @@ inline float float_of_bits(std::uint32_t bits) {
 struct F16 {
     static constexpr const char* m16n8k16 = "mma.m16n8k16.f16";
     static constexpr const char* m16n8k8 = "mma.m16n8k8.f16";
-    static float widen(std::uint16_t bits) {
+    [[gnu::always_inline]] static float widen(std::uint16_t bits) {
         const std::uint32_t magnitude = static_cast<std::uint32_t>(bits & 0x7fff) << 13;
         const float finite = float_of_bits(magnitude) * 0x1p112f;  // exact, also of subnormals
         const float special = float_of_bits(magnitude | 0x7f800000u);
@@ -40,7 +41,9 @@ struct F16 {
 struct BF16 {
     static constexpr const char* m16n8k16 = "mma.m16n8k16.bf16";
     static constexpr const char* m16n8k8 = "mma.m16n8k8.bf16";
-    static float widen(std::uint16_t bits) { return float_of_bits(static_cast<std::uint32_t>(bits) << 16); }
+    [[gnu::always_inline]] static float widen(std::uint16_t bits) {
+        return float_of_bits(static_cast<std::uint32_t>(bits) << 16);
+    }
 };
 
 namespace detail {

@@ -31,8 +31,10 @@ void AnnotateIgnoreWritesEnd(const char*, int);
 #define PYADAPT_BOOKKEEPING
 #endif
 
-// Arithmetic on operands that have been handed over: there is nothing in it to find, and it is most of the time.
-#define PYADAPT_ARITHMETIC __attribute__((no_sanitize("thread"), no_sanitize("address"), no_sanitize("undefined"), noinline))
+// Arithmetic on operands that have been handed over: there is nothing in it to find, and it is most of the time. What
+// it calls has to be always_inline, or is sanitized.
+#define PYADAPT_ARITHMETIC \
+    __attribute__((no_sanitize("thread"), no_sanitize("address"), no_sanitize("undefined"), noinline, optimize("O3")))
 
 namespace pyadapt::emulator {
 

@@ -1,6 +1,6 @@
 // Shared memory of the running block: its start, its checks, and the copies into it that happen by themselves.
 //
-//   shared_memory(), shared_bytes()                      128-byte aligned, exactly as large as asked for, NaN at the start
+//   shared_memory(), shared_bytes()                      aligned to 128 bytes; exactly the size asked for; NaN at first
 //   shared_at(offset)                                    for code that holds shared addresses as numbers from 0 (PTX)
 //   check_shared(pointer, bytes, alignment, name)        fails where an access is outside or misaligned
 //   copy_async(shared, global, bytes, from_source, name) cp.async: `from_source` bytes and then zeros, `bytes` in all
