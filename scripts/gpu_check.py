@@ -127,7 +127,7 @@ def build(context: Context) -> list[Command]:
     toolkit = cuda_toolkit.find()
     (WORK / "built-from").unlink(missing_ok=True)
     shutil.rmtree(context.site, ignore_errors=True)
-    defines = ["PYADAPT_CUDA=on", f"PYADAPT_CUDA_ARCHITECTURES={context.gpu.architecture}"]
+    defines = ["PYADAPT_CUDA=on", f"PYADAPT_CUDA_ARCHITECTURES={context.gpu.architecture}-real"]
     defines += [argument.removeprefix("-D") for argument in toolkit.cmake_arguments]
     settings = [f"--config-settings=cmake.define.{define}" for define in defines]
     settings.append(f"--config-settings=build-dir={WORK / 'cmake'}")

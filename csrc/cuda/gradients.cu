@@ -9,8 +9,9 @@
 // that a tile takes one barrier. And scaled_g: each thread scales what it copied itself. In the dA pass each thread
 // drops from what it copied, 8 columns by two calls of the generator.
 //
-// Traffic at rank 16 beside the read of g: partial sums of dS, an eighth of g, and of dB, at least a sixteenth; both are
-// read again at once, mostly from the L2 cache.
+// Traffic at rank 16 beside the read of g: partial sums of dS, a sixteenth of g, and of dB, a thirty-second where chunks
+// have their 1024 rows; each is written and soon read again, mostly in the L2 cache. From rank 17 to 32 those of dS are
+// a quarter of g, and larger ranks read g again; but there the tensor cores take longer than the memory.
 #include <type_traits>
 
 #include "philox.cuh"
@@ -50,7 +51,9 @@ Partials first_stage(const AddPartials& sum) {
 constexpr int gradient_blocks = 1;
 constexpr int input_blocks = 2;
 
-std::int64_t slots(const Launch& launch, int blocks) { return static_cast<std::int64_t>(launch.multiprocessors) * blocks; }
+std::int64_t slots(const Launch& launch, int blocks) {
+    return static_cast<std::int64_t>(launch.multiprocessors) * blocks;
+}
 
 // --- g pass ---
 

@@ -1,9 +1,12 @@
-// Row-wise symmetric int8, kernel 12: q = round to nearest even(w / scale), scale = max |w| / 127 of each row, and back.
+// Row-wise symmetric int8, kernel 12, and the panels of kernel 7:
+//
+//   scale = max |w| / 127 of each row      q = round to nearest even(w / scale)      out = q scale factor
+//
 // Bit for bit the plain-torch reference of pyadapt/ops/quantize.py: IEEE divisions, fp32 throughout.
 //
 // Quantising, a block owns a row and reads it twice, the second time from a cache: once for the largest magnitude, once
-// for q. Magnitudes are compared as the bits of |w|, whose order is that of the numbers with Inf and then NaN on top, so
-// that neither can get lost in a maximum.
+// for q. Magnitudes are compared as the bits of |w|, whose order is that of the numbers with Inf and then NaN on top:
+// neither can get lost in a maximum.
 //
 // Dequantising, a thread owns a group of columns that fills a 16-byte store, and takes several rows at once so that
 // their loads are on the way together. Threads lie along the columns first: neighbours touch neighbouring memory.
@@ -124,7 +127,8 @@ __global__ void __launch_bounds__(most_threads) quantize_kernel(QuantizeKernel k
         load_as<uint4>(w + k, count, kernel.vector, values);
         std::int8_t levels_of_group[size];
 #pragma unroll
-        for (int i = 0; i < size; ++i) levels_of_group[i] = finite ? quantized(to_float(values[i]), divisor) : std::int8_t{0};
+        for (int i = 0; i < size; ++i)
+            levels_of_group[i] = finite ? quantized(to_float(values[i]), divisor) : std::int8_t{0};
         store_as<typename Group<T>::Bytes>(q + k, count, kernel.vector, levels_of_group);
     }
 }
@@ -132,7 +136,8 @@ __global__ void __launch_bounds__(most_threads) quantize_kernel(QuantizeKernel k
 template <class T>
 cudaError_t quantize_as(const Quantize& pass, const Launch& launch) {
     constexpr int size = Group<T>::size;
-    const bool vector = rows_aligned(pass.w, pass.w_stride, sizeof(T), 16) && rows_aligned(pass.q, pass.q_stride, 1, size);
+    const bool vector =
+        rows_aligned(pass.w, pass.w_stride, sizeof(T), 16) && rows_aligned(pass.q, pass.q_stride, 1, size);
     const int threads = threads_for(pieces(pass.columns, size), warp_size);
     return launch_kernel(quantize_kernel<T>, dim3(pass.rows), threads, threads / warp_size * sizeof(unsigned),
                          launch.stream, QuantizeKernel{pass, vector});
@@ -151,11 +156,12 @@ template <class T>
 __global__ void __launch_bounds__(most_threads) dequantize_kernel(DequantizeKernel kernel) {
     constexpr int size = Group<T>::size;
     const Dequantize& pass = kernel.pass;
-    const int k = (blockIdx.x % kernel.column_blocks * kernel.column_threads + threadIdx.x % kernel.column_threads) * size;
+    const int column_block = blockIdx.x % kernel.column_blocks, row_block = blockIdx.x / kernel.column_blocks;
+    const int k = (column_block * kernel.column_threads + threadIdx.x % kernel.column_threads) * size;
     const int count = pass.columns - k;
     if (count <= 0) return;
     const int block_rows = blockDim.x / kernel.column_threads;
-    const std::int64_t first = static_cast<std::int64_t>(blockIdx.x / kernel.column_blocks) * rows_at_once * block_rows +
+    const std::int64_t first = static_cast<std::int64_t>(row_block) * rows_at_once * block_rows +
                                threadIdx.x / kernel.column_threads;
     std::int8_t q[rows_at_once][size];
     float scale[rows_at_once];

@@ -63,7 +63,9 @@ struct Cut {
 // As many row chunks as fill `slots`, the blocks that run at the same time, in whole waves; at least one chunk of
 // everything, so that a product without rows writes its zeros.
 inline Cut cut_product(int rows, int columns, int rank, std::int64_t slots) {
-    const auto pieces = [](std::int64_t n, std::int64_t size) { return std::max<std::int64_t>(1, (n + size - 1) / size); };
+    const auto pieces = [](std::int64_t n, std::int64_t size) {
+        return std::max<std::int64_t>(1, (n + size - 1) / size);
+    };
     const int ranks = rank <= 16 ? 16 : 32;
     const std::int64_t rank_chunks = pieces(rank, ranks);
     const std::int64_t column_chunks = pieces(columns, ranks == 16 ? Shape<16>::columns : Shape<32>::columns);

@@ -132,7 +132,7 @@ def _singles() -> list[Case]:
         case("min_nan_f32", "min.NaN.f32 d, a, b;", _nan_wins(_least), "float32", *PAIRS),
         case("max_nan_f32", "max.NaN.f32 d, a, b;", _nan_wins(_greatest), "float32", *PAIRS),
         case("copysign_f32", "copysign.f32 d, a, b;", lambda a, b: math.copysign(b, a), "float32", *PAIRS),
-        case("saturate", "cvt.sat.f32.f32 d, a;", lambda a: min(max(a, 0.0), 1.0) if a == a else 0.0, "float32", FLOATS),
+        case("saturate", "cvt.sat.f32.f32 d, a;", lambda a: min(a, 1.0) if a > 0 else 0.0, "float32", FLOATS),
         case("selp_f32", "setp.gt.f32 p, a, b; selp.f32 d, a, b, p;", lambda a, b: a if a > b else b, "float32", *PAIRS),
         case("bits_f32", "mov.b32 d, a;", lambda a: int(np.float32(a).view(np.uint32)), "uint32", FLOATS[:-1]),
         case("top_half", "mov.b32 d, {0, a};", BFLOAT.decode, "float32", BFLOATS),
