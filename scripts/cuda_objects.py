@@ -7,7 +7,6 @@ machine code beside it, so that a second look costs nothing; processes that want
 from __future__ import annotations
 
 import fcntl
-import functools
 import hashlib
 import json
 import os
@@ -147,18 +146,27 @@ def summarize(file: Path, log: str) -> Summary:
     return Summary(str(file), machine_code, ptx, kernels)
 
 
-@functools.cache
-def _included() -> bytes:
-    """Everything in csrc that a CUDA source may include."""
-    headers = [path for pattern in ("*.hpp", "*.cuh") for path in (ROOT / "csrc").rglob(pattern)]
-    return b"".join(str(path.relative_to(ROOT)).encode() + path.read_bytes() for path in sorted(headers))
+def _with_includes(source: Path, seen: dict[Path, bytes] | None = None) -> dict[Path, bytes]:
+    """A source and the files of this project that it includes, by path, with what they hold."""
+    seen = {} if seen is None else seen
+    if source not in seen:
+        seen[source] = source.read_bytes()
+        for name in re.findall(rb'^\s*#\s*include\s*"([^"]+)"', seen[source], re.M):
+            for folder in (source.parent, ROOT / "csrc"):
+                included = (folder / name.decode()).resolve()
+                if included.is_file():
+                    _with_includes(included, seen)
+                    break
+    return seen
 
 
 def _key(source: Path, options: list[str]) -> str:
     toolkit = cuda_toolkit.find()
     tools = [toolkit.version, cuda_toolkit.version_of(cuda_toolkit.tool("cuobjdump")), str(SUMMARY_FORMAT)]
-    described = json.dumps([options, tools, source.name]).encode()
-    return hashlib.sha256(described + _included() + source.read_bytes()).hexdigest()[:20]
+    digest = hashlib.sha256(json.dumps([options, tools]).encode())
+    for path, text in sorted(_with_includes(source).items()):
+        digest.update(path.name.encode() + b"\0" + text)
+    return digest.hexdigest()[:20]
 
 
 @contextmanager

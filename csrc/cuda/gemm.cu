@@ -8,18 +8,18 @@
 //
 // A block makes one tile of out, a warp a part of it:
 //
-//            K                       N                        128 columns
-//       +---------+             +---------+              +----+----+----+----+
-//     M | left    |  depth of 32| right'  | 128 columns  | w0 | w2 | w4 | w6 | 64 rows
-//       | 128 rows|  a step     |         |              +----+----+----+----+
-//       +---------+             +---------+              | w1 | w3 | w5 | w7 |
-//                                                        +----+----+----+----+ 32 columns
+//            K                       N                   128 columns
+//       +---------+             +---------+              +-----+-----+
+//     M | left    |  depth of 32| right'  | 128 columns  | w0  | w2  | 64 rows
+//       | 128 rows|  a step     |         |              +-----+-----+
+//       +---------+             +---------+              | w1  | w3  |
+//                                                        +-----+-----+ 64 columns
 //
 // What the choices buy:
 //   panels without padding    a step is 16 KB, three are 48 KB: two blocks on every multiprocessor, even of 100 KB
 //   three or four stages      the copies of the next steps travel while one is multiplied
 //   int8 widened in registers the bytes stay bytes on the way and in shared memory; 2 to 2.5 instructions for two numbers
-//   64 x 32 for a warp        each 16 depths of left serve 4 multiplications, each of right another 4, for 3 KB read
+//   64 x 64 for a warp        4 KB read from shared memory for 32 multiplications: less than the tensor cores' time
 //   tiles in groups of 8 rows blocks that run together share rows of left and of right in the L2
 //   64 x 64 tiles             where 128 x 128 ones would leave multiprocessors idle
 //   a tile for sm_75          no cp.async there: the next step waits in registers, which half as many threads have

@@ -105,23 +105,22 @@ struct Epilogue {
         }
     }
 
-    // Which of this lane's elements survive: four bits for each call of Philox, in the order of each_four. A loop, not
-    // sixteen copies of the generator.
-    __device__ __forceinline__ std::uint64_t survivors() const {
-        constexpr int calls = Tile::down * 2 * pairs;
-        static_assert(calls <= 16);
-        const Philox philox = philox_of(product.dropout);
-        std::uint64_t bits = 0;
+    // Which of this lane's elements in slab i survive: four bits for each call of Philox, row by row. A loop, not eight copies
+    // of the generator.
+    __device__ __forceinline__ std::uint32_t survivors(const Philox& philox, int i) const {
+        constexpr int calls = 2 * pairs;
+        static_assert(4 * calls <= 32);
+        std::uint32_t bits = 0;
 #pragma unroll 1
         for (int call = 0; call < calls; ++call) {
-            const std::uint64_t m = std::uint64_t(row0) + row(call / pairs / 2, call / pairs % 2);
+            const std::uint64_t m = std::uint64_t(row0) + row(i, call / pairs);
             const std::uint32_t n = std::uint32_t(column0) + column(call % pairs);
             const uint4 draws = philox(m, n / 4);
-            const unsigned four = kept(product.dropout, draws.x) | kept(product.dropout, draws.y) << 1 |
-                                  kept(product.dropout, draws.z) << 2 | kept(product.dropout, draws.w) << 3;
-            bits = bits >> 4 | std::uint64_t(four) << 60;
+            const std::uint32_t four = kept(product.dropout, draws.x) | kept(product.dropout, draws.y) << 1 |
+                                       kept(product.dropout, draws.z) << 2 | kept(product.dropout, draws.w) << 3;
+            bits |= four << 4 * call;
         }
-        return bits >> (64 - 4 * calls);
+        return bits;
     }
 
     // Where a rank of the 16 staged ones lies, in floats, in a block of 16 rows: as the fragments of mma_16x8x8 take it. The
@@ -136,8 +135,8 @@ struct Epilogue {
     }
 
     // Ranks first .. first + 15 of `count` rows from `corner` on, times the factor and rounded for the tensor cores; zeros
-    // outside. Threads go along the unit stride, a thread from one 16 x 16 block to the next: one address, and several
-    // loads on their way.
+    // outside. Threads go along the unit stride, a thread from one 16 x 16 block to the next: one address, and four loads on
+    // their way.
     template <int count, bool is_left>
     __device__ __forceinline__ void stage(float* to, const Matrix& from, int corner, int inside, int first,
                                           float factor) const {
@@ -149,7 +148,7 @@ struct Epilogue {
 #pragma unroll
         for (unsigned s = 0; s < share; ++s) place[s] = is_left ? place_left(row, rank + s) : place_right(row, rank + s);
         std::int64_t index = (corner + std::int64_t(row)) * from.row_stride + (first + std::int64_t(rank)) * from.column_stride;
-#pragma unroll 4
+#pragma unroll 2
         for (unsigned block = 0; block < count; block += 16) {
 #pragma unroll
             for (unsigned s = 0; s < share; ++s) {
@@ -165,7 +164,7 @@ struct Epilogue {
     // sums += mask(the staged ranks' term). The mask falls on each step's part alone: a sum of masked parts is the masked
     // sum.
     __device__ __forceinline__ void add_staged(Accumulators<Tile>& sums, const float* left, const float* right,
-                                               std::uint64_t mask) const {
+                                               const std::uint32_t (&mask)[Tile::down]) const {
         const float4* a = reinterpret_cast<const float4*>(left + place.row * rank_step + place_left(g, 4 * t));
         const float4* b = reinterpret_cast<const float4*>(right + place.column * rank_step + RankRow::offset(g, t) / 4);
 #pragma unroll
@@ -173,15 +172,15 @@ struct Epilogue {
             const float4 first = a[64 * i], second = a[64 * i + 32];
 #pragma unroll
             for (int j = 0; j < Tile::across; ++j) {
-                __syncwarp();  // keeps the compiler from loading for all at once, for which there are no registers
+                __syncwarp();  // keeps the compiler from loading all at once, for which there are no registers
                 const float4 both = b[32 * j];
                 float part[4] = {};
                 mma_16x8x8(part, {first.x, first.y, first.z, first.w}, {both.x, both.y});
                 mma_16x8x8(part, {second.x, second.y, second.z, second.w}, {both.z, both.w});
 #pragma unroll
                 for (int e = 0; e < 4; ++e) {
-                    const int call = (i * 2 + e / 2) * pairs + j / 2;
-                    sums[i][j][e] += mask >> (4 * call + j % 2 * 2 + e % 2) & 1 ? part[e] : 0;
+                    const int call = e / 2 * pairs + j / 2;
+                    sums[i][j][e] += mask[i] >> (4 * call + j % 2 * 2 + e % 2) & 1 ? part[e] : 0;
                 }
             }
         }
@@ -189,10 +188,14 @@ struct Epilogue {
 
     __device__ __forceinline__ void add_low_rank(Accumulators<Tile>& sums, unsigned char* shared,
                                                  const Terms<Tile>& terms) const {
-        const std::uint64_t mask = product.dropout.threshold != 0 ? survivors() : ~std::uint64_t(0);
         float* left = reinterpret_cast<float*>(shared);
         float* right = left + Tile::rows * rank_step;
         const Matrix low_left = {product.low_left, DType::f32, product.rank, 1};
+        const bool dropout = product.dropout.threshold != 0;
+        const Philox philox = dropout ? philox_of(product.dropout) : Philox{};
+        std::uint32_t mask[Tile::down];
+#pragma unroll
+        for (int i = 0; i < Tile::down; ++i) mask[i] = dropout ? survivors(philox, i) : ~0u;
         for (int first = 0; first < product.rank; first += rank_step) {
             __syncthreads();  // all have read what lies there
             const Epilogue now(product, terms, wide);

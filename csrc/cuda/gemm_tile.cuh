@@ -26,7 +26,7 @@ struct Tile {
     static constexpr int blocks = blocks_;                                  // on a multiprocessor
     static constexpr bool turing = turing_;
 };
-using Large = Tile<128, 128, 64, 32, 2, false>;
+using Large = Tile<128, 128, 64, 64, 2, false>;
 using Small = Tile<64, 64, 32, 32, 3, false>;
 using Turing = Tile<128, 64, 64, 32, 2, true>;
 

@@ -20,24 +20,24 @@
 namespace pyadapt::cuda {
 namespace {
 
+using namespace transposed_product;
+
 // bf16 has no kernels below sm_80.
 template <class T>
 constexpr bool has_kernels = PYADAPT_ARCH >= 800 || std::is_same_v<T, __half>;
 
 __global__ void __launch_bounds__(threads) add_partials_kernel(AddPartials sum) {
-    const std::int64_t step = static_cast<std::int64_t>(gridDim.x) * threads;
-    for (std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * threads + threadIdx.x; i < sum.count; i += step) {
-        float total = 0.0f;
+    const std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * threads + threadIdx.x;
+    if (i >= sum.count) return;
+    float total = 0.0f;
 #pragma unroll 8
-        for (int chunk = 0; chunk < sum.chunks; ++chunk) total += sum.partials[chunk * sum.count + i];
-        store_element(sum.out, sum.dtype, i, sum.alpha * total);
-    }
+    for (int chunk = 0; chunk < sum.chunks; ++chunk) total += sum.partials[chunk * sum.count + i];
+    store_element(sum.out, sum.dtype, i, sum.alpha * total);
 }
 
 cudaError_t add_partials(const AddPartials& sum, const Launch& launch) {
     if (sum.chunks <= 1 || sum.count == 0) return cudaSuccess;
-    constexpr std::int64_t most_blocks = 1 << 20;
-    const std::int64_t blocks = std::min<std::int64_t>((sum.count + threads - 1) / threads, most_blocks);
+    const std::int64_t blocks = (sum.count + threads - 1) / threads;
     return launch_kernel(add_partials_kernel, dim3(blocks), threads, 0, launch.stream, sum);
 }
 

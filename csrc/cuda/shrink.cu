@@ -1,27 +1,31 @@
-// Kernel 3, the S pass: out = alpha drop(x) small', with x (M, K) of 16 bits read once, small (rank, K), out (M, rank) fp32.
+// Kernel 3, the S pass: out = alpha drop(x) small', with x (M, K) of 16 bits read once; small (rank, K), out (M, rank)
+// fp32.
 //
-// A block takes 256 rows of x over a slice of the depth, a warp 32 of the rows, and all warps the same 8 to 64 rows of small:
+// A block takes 256 rows of x over a slice of the depth, a warp 32 of the rows, and all warps the same 8 to 64 rows of
+// small:
 //
 //             slice of K                       rank
 //           +------------+                    +----+
 //       256 | x: straight to registers    256 | sums in registers
 //      rows |  32 of a warp               rows|    |
 //           +------------+                    +----+
-//           | small: split, in fragments, in shared memory, 2 stages of 16 KB
+//           | small: in fragments, in shared memory, 2 stages of 16 KB
 //           +------------+
 //
 // What the choices buy:
-//   x never in shared memory   a lane reads 16 bytes of a row, which are its operands of four multiplications: the order of
-//                              the depths within a sum is free, so lane t of a quad takes depths 8t .. 8t+7 of 32.
-//                              Two steps are on their way while one is multiplied: 32 KB for a block
-//   tf32, small in two parts   x is exact in tf32; small = high + low keeps 21 bits of it: nearly the sums of fp32, at the
-//                              speed of tensor cores. A 16-bit small is exact, and costs one product
-//   small as fragments         one warp splits a fragment for all eight, and stores it in the order in which lanes read it,
-//                              16 bytes wide and without bank conflicts
+//   x never in shared memory   a lane reads 16 bytes of a row, its operands of four multiplications: the order of the
+//                              depths within a sum is free, so lane t of a quad takes depths 8t .. 8t+7 of 32. Two
+//                              steps are on their way while one is multiplied: 32 KB for a block
+//   tf32, small in two parts   x is exact in tf32; small = high + low keeps 21 bits of it: nearly the sums of fp32, at
+//                              the speed of tensor cores. A 16-bit small is exact, and costs one product
+//   small as fragments         one warp splits a fragment for all eight, and stores it in the order in which lanes read
+//                              it, 16 bytes wide and without bank conflicts
 //   256 rows                   small comes from the L2 once for them: an eighth of the bytes of x at rank 16
-//   slices of the depth        fill the machine where M does not; their sums go to the workspace, and a second kernel adds
-//                              them in their order
+//   slices of the depth        fill the machine where M does not; their sums go to the workspace, and a second kernel
+//                              adds them in their order
 //   dropout on the raw bits    a Philox call serves half of the 16 bytes, and a dropped element becomes the bits of 0
+//   sm_75 without fragments    it has no tf32, and its shuffles are no faster than its FMAs: each lane multiplies what
+//                              it has read, in fp32
 #include "philox.cuh"
 #include "stream.cuh"
 
@@ -51,8 +55,8 @@ struct Work {
     float* out;  // (slices, M, rank)
 };
 
-// The eight depths of one row of small that a thread brings into shared memory for all, as bits of small's dtype: widened
-// only when they are stored, so that nobody waits for them before.
+// The eight depths of one row of small that a thread brings into shared memory for all, as bits of small's dtype:
+// widened only when they are stored, so that nobody waits for them before.
 struct SmallPiece {
     std::uint32_t bits[8];
 
@@ -124,8 +128,8 @@ __device__ __forceinline__ void drop(uint4 (&x)[2 * row_tiles], std::uint32_t su
         }
 }
 
-// The sums of a warp: fragments of tensor cores; below sm_80, where there is no tf32, each lane adds for its own depths,
-// in rows g, g + 8, ..., all 8 ranks of a tile, and the quads add theirs up in the end.
+// The sums of a warp: fragments of tensor cores; below sm_80 each lane adds for its own depths, in rows g, g + 8, ...,
+// all 8 ranks of a tile, and the quads add theirs up in the end.
 constexpr bool tensor_cores = PYADAPT_ARCH >= 800;
 template <int tiles>
 using Fragments = float[row_tiles][tiles][4];
@@ -134,7 +138,7 @@ using OwnSums = float[2 * row_tiles][tiles][8];
 template <int tiles>
 using Sums = std::conditional_t<tensor_cores, Fragments<tiles>, OwnSums<tiles>>;
 
-// sums += x small' for 32 depths; x[2i] and x[2i + 1] hold rows g and g+8 of tile i, `small` the fragments of the depths.
+// sums += x small' for 32 depths; x[2i] and x[2i + 1] hold rows g and g+8 of tile i, `small` the depths' fragments.
 template <class T, int tiles, bool two_products>
 __device__ __forceinline__ void multiply(Fragments<tiles>& sums, const uint4 (&x)[2 * row_tiles], const float4* small) {
 #pragma unroll
@@ -178,8 +182,8 @@ __device__ __forceinline__ void multiply(OwnSums<tiles>& sums, const uint4 (&x)[
     }
 }
 
-// From the sums of the lanes of a quad to the fragments' order: each lane sends three quarters of its ranks, and adds up
-// the one that it keeps.
+// From the sums of the lanes of a quad to the fragments' order: each lane sends three quarters of its ranks, and adds
+// up the one that it keeps.
 template <int tiles>
 __device__ __forceinline__ void add_quads(const OwnSums<tiles>& own, Fragments<tiles>& sums) {
     const bool upper_half = threadIdx.x & 2, upper_quarter = threadIdx.x & 1;

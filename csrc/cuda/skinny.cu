@@ -3,8 +3,8 @@
 //   out = alpha (x W') column_scale + low_scale low_left low_right' + bias      x (M, K), M <= 64; W (N, K); out (M, N)
 //
 // The roles are swapped: rows of W are the 16 rows of a multiplication, rows of x its 8 columns, so that M = 1 wastes
-// 7/8 of the tensor cores, which have nothing else to do, but no memory traffic. A warp has 32 rows of W; a block's 8 warps
-// share out rows and depth:
+// 7/8 of the tensor cores, which have nothing else to do, but no memory traffic. A warp has 32 rows of W; a block's 8
+// warps share out rows and depth:
 //
 //    M       columns   warps on rows x depth   rows of W a block
 //    <= 8       8            1 x 8                   32
@@ -13,13 +13,14 @@
 //    <= 64     64            4 x 2                  128
 //
 // What the choices buy:
-//   W straight to registers    a lane reads 16 bytes of a row, operands of two multiplications (four, if they are int8): the
-//                              order of the depths within a sum is free. Four steps are on their way: 64 KB for a block
+//   W straight to registers    a lane reads 16 bytes of a row, operands of two multiplications (of four, for int8):
+//                              the order of the depths within a sum is free. Four steps are on their way: 64 KB for a
+//                              block; two for M > 32
 //   int8 widened in registers  W is read as bytes; the scale of a row comes in the end
 //   depth over the warps       32 rows of W are enough for a block: 4096 rows fill 128 multiprocessors, in one kernel
 //   x in shared memory         in slices, a stage ahead, by cp.async; read 16 bytes wide without bank conflicts
-//   slices of the depth        where there are fewer rows of W: their parts of out go to the workspace in fp32, and a second
-//                              kernel adds them in their order
+//   slices of the depth        where there are fewer rows of W: their parts of out go to the workspace in fp32, and a
+//                              second kernel adds them in their order
 //   low-rank term from shared  its operands, scale and bias are fetched while the first bytes of W are on their way
 //     memory
 #include "gemm_tile.cuh"
@@ -34,7 +35,6 @@ using gemm_parts::widen;
 
 constexpr int warps = 8, threads = 32 * warps;
 constexpr int row_tiles = 2, warp_rows = 16 * row_tiles;  // of W
-constexpr int steps_ahead = 4;
 constexpr int stage_bytes = 16 * 1024;  // of x
 constexpr int rank_step = 16;
 constexpr int least_slice = 512;  // of the depth: less is not worth the second kernel's reading
@@ -48,6 +48,7 @@ struct Shape {
     static constexpr int lane_depth = 16 / int(sizeof(Right)), warp_depth = 4 * lane_depth;  // of a step
     static constexpr int stage_row_bytes = stage_bytes / columns, stage_depth = stage_row_bytes / 2;
     static constexpr int steps_of_stage = stage_depth / (warps_deep * warp_depth);
+    static constexpr int steps_ahead = tiles < 8 ? 4 : 2;  // on their way; registers for more are taken by the sums
     static_assert(steps_of_stage > 0 && steps_ahead % steps_of_stage == 0 && stage_row_bytes % 128 == 0);
 
     // Shared memory: two stages of x, and in their place in the end the sums; behind them what the epilogue needs.
@@ -58,8 +59,8 @@ struct Shape {
     static constexpr int shared_bytes = column_offset + 2 * rows * 4;
     static_assert(shared_bytes <= 48 * 1024);
 
-    // Where a stage has the chunk of this number of row m of x. A quarter of a warp reads two rows, of which it needs every
-    // chunk of 64 bytes or, for int8, every second one of 128.
+    // Where a stage has the chunk of this number of row m of x. A quarter of a warp reads two rows, of which it needs
+    // every chunk of 64 bytes or, for int8, every second one of 128.
     static __device__ __forceinline__ int offset(int m, int chunk) {
         return m * stage_row_bytes + 16 * (chunk ^ m % 2 * (sizeof(Right) == 1 ? 1 : 4));
     }
@@ -73,8 +74,8 @@ struct Work {
     float* parts;  // (slices, M, N), or null for one slice
 };
 
-// A stage of x: depths first .. first + stage_depth - 1. Rows behind the last one hold what they held: their columns of the
-// sums are not stored.
+// A stage of x: depths first .. first + stage_depth - 1. Rows behind the last one hold what they held: their columns of
+// the sums are not stored.
 template <class T, class Shape>
 __device__ __forceinline__ void copy_stage(unsigned char* stage, const Work& work, int first) {
     constexpr int chunks = Shape::stage_row_bytes / 16;
@@ -188,7 +189,8 @@ struct Epilogue {
 
     // The sums of the warps that share rows, the deepest first: in one order, whoever is faster.
     template <int tiles>
-    __device__ __forceinline__ void gather(const float (&sums)[row_tiles][tiles][4], int warp_down, int warp_deep) const {
+    __device__ __forceinline__ void gather(const float (&sums)[row_tiles][tiles][4], int warp_down,
+                                           int warp_deep) const {
         const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
         for (int turn = Shape::warps_deep - 1; turn >= 0; --turn) {
             __syncthreads();
@@ -239,10 +241,11 @@ struct Epilogue {
 };
 
 template <class T, class Right, int tiles>
-__global__ void __launch_bounds__(threads, tiles == 1 ? 2 : 1) skinny_kernel(const Work work) {
+__global__ void __launch_bounds__(threads, 1) skinny_kernel(const Work work) {
     if constexpr (PYADAPT_ARCH >= 800 || std::is_same_v<T, __half>) {
         PYADAPT_DYNAMIC_SHARED(shared);
         using Shape = skinny_parts::Shape<Right, tiles>;
+        constexpr int ahead = Shape::steps_ahead;
         const Gemm& product = work.product;
         const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
         const int warp_down = warp / Shape::warps_deep, warp_deep = warp % Shape::warps_deep;
@@ -267,10 +270,10 @@ __global__ void __launch_bounds__(threads, tiles == 1 ? 2 : 1) skinny_kernel(con
         copy(0);
 
         float sums[row_tiles][tiles][4] = {};
-        uint4 w[steps_ahead][2 * row_tiles];
-        for (int several = -steps_ahead; several < max(steps, 1); several += steps_ahead)
+        uint4 w[ahead][2 * row_tiles];
+        for (int several = -ahead; several < max(steps, 1); several += ahead)
 #pragma unroll
-            for (int b = 0; b < steps_ahead; ++b) {
+            for (int b = 0; b < ahead; ++b) {
                 const int step = several + b;
                 if (b == 0 && step == 0) {  // the first steps of W are on their way
                     epilogue.fetch_columns();
@@ -286,8 +289,8 @@ __global__ void __launch_bounds__(threads, tiles == 1 ? 2 : 1) skinny_kernel(con
                     multiply_step<T, Right, tiles>(sums, w[b], shared + stage % 2 * stage_bytes,
                                                    in_stage * Shape::warps_deep + warp_deep);
                 }
-                if (step + steps_ahead < steps) {
-                    const int k = first + ((step + steps_ahead) * Shape::warps_deep + warp_deep) * Shape::warp_depth;
+                if (step + ahead < steps) {
+                    const int k = first + ((step + ahead) * Shape::warps_deep + warp_deep) * Shape::warp_depth;
 #pragma unroll
                     for (int i = 0; i < 2 * row_tiles; ++i)
                         w[b][i] = load_chunk(rows[i], k + t * Shape::lane_depth, product.K, work.right_in_chunks);

@@ -1,5 +1,5 @@
-// What the kernels that stream a matrix from memory once share: reading it sixteen bytes at a time, and cutting the depth
-// of a product into slices, whose sums are added in the end.
+// What the kernels that stream a matrix from memory once share: reading it sixteen bytes at a time, and cutting the
+// depth of a product into slices, whose sums are added in the end.
 #pragma once
 
 #include <algorithm>
@@ -17,24 +17,20 @@ inline bool in_chunks(const void* data, std::int64_t row_stride, int element_byt
     return reinterpret_cast<std::uintptr_t>(data) % 16 == 0 && row_stride * element_bytes % 16 == 0;
 }
 
-// Elements k .. k + 16 / sizeof(Element) of a row that has K, zeros behind its end.
+// Elements k .. k + 16 / sizeof(Element) - 1 of a row that has K, zeros behind its end.
 template <class Element>
 __device__ __forceinline__ uint4 load_chunk(const Element* row, int k, int K, bool aligned) {
     using Bits = std::conditional_t<sizeof(Element) == 1, unsigned char, unsigned short>;
-    constexpr int in_word = 4 / int(sizeof(Element)), bits = 8 * int(sizeof(Element));
-    if (aligned && K - k >= 4 * in_word) return *reinterpret_cast<const uint4*>(row + k);
+    constexpr int count = 16 / int(sizeof(Element)), bits = 8 * int(sizeof(Element));
+    if (aligned && K - k >= count) return *reinterpret_cast<const uint4*>(row + k);
     const Bits* elements = reinterpret_cast<const Bits*>(row) + k;
-    const int left = K - k;
-    std::uint32_t words[4];
-#pragma unroll
-    for (int w = 0; w < 4; ++w) {
-        std::uint32_t word = 0;
+    std::uint64_t low = 0, high = 0;
 #pragma unroll 1  // a rare way, at many places: short code before fast code
-        for (int e = 0; e < in_word; ++e)
-            if (in_word * w + e < left) word |= std::uint32_t(elements[in_word * w + e]) << bits * e;
-        words[w] = word;
+    for (int e = min(K - k, count) - 1; e >= 0; --e) {
+        high = high << bits | low >> (64 - bits);
+        low = low << bits | elements[e];
     }
-    return make_uint4(words[0], words[1], words[2], words[3]);
+    return make_uint4(low, low >> 32, high, high >> 32);
 }
 
 // A depth cut into `count` slices of `depth` elements, the last one perhaps shorter.

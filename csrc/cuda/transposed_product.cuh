@@ -20,7 +20,7 @@
 #include "kernels.hpp"
 #include "launch.cuh"
 
-namespace pyadapt::cuda {
+namespace pyadapt::cuda::transposed_product {
 
 constexpr int warp_size = 32;
 constexpr int warps = 8;
@@ -325,4 +325,4 @@ inline std::size_t partial_bytes(int chunks, std::int64_t count) {
     return chunks > 1 ? chunks * count * sizeof(float) : 0;
 }
 
-}  // namespace pyadapt::cuda
+}  // namespace pyadapt::cuda::transposed_product

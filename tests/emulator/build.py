@@ -1,8 +1,9 @@
 """pyadapt._cuda for a machine without a GPU: nvcc's own host code, with kernels translated from nvcc's own PTX.
 
-Each csrc/cuda/*.cu goes through nvcc once, which leaves the host object and the PTX of ARCHITECTURES; the PTX becomes C++
-(ptx/) and that an object on the fiber runtime (runtime/); all of it is linked with the extension's C++ and a stand-in for
-the CUDA runtime (runtime/cudart.cpp). Objects are kept by the hash of everything they are made from.
+Each csrc/cuda/*.cu goes through nvcc once, which leaves the host object and the PTX of ARCHITECTURES; the PTX becomes
+C++ (ptx/) and that an object on the fiber runtime (runtime/); all of it is linked with the extension's C++ and a
+stand-in for the CUDA runtime (runtime/cudart.cpp). Objects are kept by the hash of everything they are made from, for
+DAYS_KEPT after their last use.
 
     python tests/emulator/build.py     builds, and prints where
 """
@@ -24,6 +25,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,11 +36,11 @@ RUNTIME = ROOT / "tests" / "emulator" / "runtime"
 ARCHITECTURES = (75, 80)
 OUT = ROOT / "build" / "emulator"
 JOBS = 2
+DAYS_KEPT = 3
 
 sys.path[:0] = [p for p in (str(ROOT / "tests"), str(ROOT / "scripts")) if p not in sys.path]
 
 import cuda_toolkit  # noqa: E402
-
 from emulator.control import (  # noqa: E402, F401 - all that a test needs is here
     fail_next_launch,
     last_failure,
@@ -92,11 +94,13 @@ def extension() -> Recipe:
 def build(out: Path = OUT, recipe: Recipe | None = None) -> Path:
     """Build what has changed since the last time, and return the library.
 
-    Processes that build at the same time wait for each other. Raises BuildError, PtxError or cuda_toolkit.ToolMissing.
+    Processes that build the same library at the same time wait for each other. Raises BuildError, PtxError or
+    cuda_toolkit.ToolMissing.
     """
+    recipe = recipe or extension()
     out.mkdir(parents=True, exist_ok=True)
-    with _locked(out / "lock"), concurrent.futures.ThreadPoolExecutor(JOBS) as pool:
-        return _Build(out, recipe or extension(), pool).run()
+    with _locked(out / f"{recipe.name}.lock"), concurrent.futures.ThreadPoolExecutor(JOBS) as pool:
+        return _Build(out, recipe, pool).run()
 
 
 @functools.cache
@@ -124,7 +128,8 @@ class _Build:
     def run(self) -> Path:
         recipe = self.recipe
         includes = [f"-I{path}" for path in (*recipe.includes, self.toolkit.include)]
-        host_flags = [*CXX_FLAGS, "-O2", *(f"-D{name}={value}" for name, value in recipe.definitions.items()), *includes]
+        definitions = [f"-D{name}={value}" for name, value in recipe.definitions.items()]
+        host_flags = [*CXX_FLAGS, "-O2", *definitions, *includes]
         parts = [self.pool.submit(self._cxx, path, host_flags) for path in (*recipe.sources, RUNTIME / "cudart.cpp")]
         # A thread of the pool must not wait for another: what nvcc leaves is waited for here.
         cuda = [path for path in recipe.kernels if path.suffix == ".cu"]
@@ -149,8 +154,9 @@ class _Build:
         flags = ["-std=c++17", "-O2", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
         flags += [f"-gencode=arch=compute_{a},code=compute_{a}" for a in ARCHITECTURES]
         key = self._key(f"nvcc {self.toolkit.version} {flags} {self._cxx_version}", source, [])
-        outputs = [self.objects / f"{source.stem}-{key}{end}" for end in (".host.o", *(f".{a}.ptx" for a in ARCHITECTURES))]
-        if all(path.exists() for path in outputs):
+        ends = (".host.o", *(f".{a}.ptx" for a in ARCHITECTURES))
+        outputs = [self.objects / f"{source.stem}-{key}{end}" for end in ends]
+        if all(_used(path) for path in outputs):
             return outputs
         with tempfile.TemporaryDirectory(dir=self.out) as scratch:
             made = [Path(scratch, "host.o"), *(Path(scratch, f"{source.stem}.compute_{a}.ptx") for a in ARCHITECTURES)]
@@ -166,15 +172,15 @@ class _Build:
         for part in sorted((ROOT / "tests" / "emulator" / "ptx").glob("*.py")):
             digest.update(part.read_bytes())
         code = self.objects / f"{name}-{digest.hexdigest()[:16]}.cpp"
-        if not code.exists():
+        if not _used(code):
             _write(code, translate(ptx.read_text()))
-        return self._cxx(code, [*TRANSLATED_FLAGS, f"-I{RUNTIME}"])
+        return self._cxx(code, [*TRANSLATED_FLAGS, f"-I{RUNTIME}"], name)
 
-    def _cxx(self, source: Path, flags: list[str]) -> Path:
+    def _cxx(self, source: Path, flags: list[str], name: str = "") -> Path:
         """The object of a C++ file."""
         key = self._key(f"{self._cxx_version} {flags}", source, [RUNTIME])
-        path = self.objects / f"{source.stem}-{key}.o"
-        if not path.exists():
+        path = self.objects / f"{name or source.stem}-{key}.o"
+        if not _used(path):
             with tempfile.TemporaryDirectory(dir=self.out) as scratch:
                 made = Path(scratch, "object.o")
                 _run([self.cxx, *flags, "-c", source, "-o", made])
@@ -184,14 +190,23 @@ class _Build:
     def _link(self, objects: list[Path]) -> Path:
         digest = hashlib.sha256(" ".join(path.name for path in objects).encode()).hexdigest()[:16]
         path = self.out / digest / self.recipe.name
-        if not path.exists():
+        if not _used(path):
             path.parent.mkdir(exist_ok=True)
             with tempfile.TemporaryDirectory(dir=self.out) as scratch:
                 made = Path(scratch, "library.so")
                 # Symbolic: another CUDA runtime in the process, such as torch's, must not be taken for this one.
                 _run([self.cxx, "-shared", "-Wl,-Bsymbolic", "-o", made, *objects])
                 os.replace(made, path)
+        self._forget_old()
         return path
+
+    def _forget_old(self) -> None:
+        """Delete what no build has used for a while."""
+        oldest = time.time() - DAYS_KEPT * 24 * 3600
+        for path in (*self.objects.iterdir(), *self.out.glob("*/*.so")):
+            with contextlib.suppress(FileNotFoundError):
+                if path.stat().st_mtime < oldest:
+                    path.unlink()
 
     @functools.cached_property
     def _cxx_version(self) -> str:
@@ -200,8 +215,8 @@ class _Build:
 
     def _key(self, how: str, source: Path, folders: Sequence[Path]) -> str:
         """A hash of the command, of a file and of every file of this project that it includes."""
-        digest = hashlib.sha256(how.encode())
-        for path in sorted(_closure(source, folders)):
+        digest = hashlib.sha256(how.encode() + source.read_bytes())
+        for path in sorted(_closure(source, folders) - {source.resolve()}):
             digest.update(path.name.encode() + b"\0" + path.read_bytes())
         return digest.hexdigest()[:16]
 
@@ -219,6 +234,15 @@ def _closure(source: Path, folders: Sequence[Path]) -> set[Path]:
             candidates = [folder / name for folder in (path.parent, *folders)]
             waiting += [c.resolve() for c in candidates if c.exists()][:1]
     return found
+
+
+def _used(path: Path) -> bool:
+    """Whether a file is there; its time says when it was last wanted."""
+    try:
+        os.utime(path)
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def _run(command: Sequence[str | Path], cwd: str | None = None) -> None:

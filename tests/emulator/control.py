@@ -1,6 +1,7 @@
 """What a test can tell the emulated device, and ask of it.
 
-`target` is the emulated extension or the path of any library that build.py has made. A setting holds until it is changed.
+`target` is the emulated extension or the path of any library that build.py has made. A setting holds until it is
+changed.
 """
 
 from __future__ import annotations

@@ -6,7 +6,6 @@ import ctypes
 
 import numpy as np
 import pytest
-
 from emulator import build, control
 from emulator.ptx import PtxError, translate
 from emulator.ptx_cases import floats, integers
@@ -305,5 +304,5 @@ def test_functions_stop_the_translation():
 
 
 def test_text_that_is_no_ptx():
-    with pytest.raises(PtxError, match="no .target"):
+    with pytest.raises(PtxError, match=r"no \.target"):
         translate("int main() {}")

@@ -51,7 +51,7 @@ FAULTS = [
     Fault(
         "rows read behind their end",
         "stream.cuh",
-        "if (aligned && K - k >= 4 * in_word)",
+        "if (aligned && K - k >= count)",
         "if (aligned)",
         caught_by="address",
     ),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import instructions, memory, warp  # noqa: F401 - they enter their families
+from . import arithmetic, memory, movement, warp  # noqa: F401 - they enter their families
 from .families import FAMILIES
 from .operands import Names, identifier, storage_type
 from .operation import Operation

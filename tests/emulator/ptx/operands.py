@@ -1,7 +1,7 @@
 """Registers, constants and addresses of one kernel as C++ expressions.
 
-A register is a C++ local of its declared width (`.b32` is uint32_t, `.f32` is float); an instruction reads it as the type
-that its own name gives, which changes the interpretation of the bits, never the bits.
+A register is a C++ local of its declared width (`.b32` is uint32_t, `.f32` is float); an instruction reads it as the
+type that its own name gives, which changes the interpretation of the bits, never the bits.
 """
 
 from __future__ import annotations
@@ -40,6 +40,19 @@ SPECIALS = {
 def width(kind: str) -> int:
     """Bits of a PTX type; 1 for predicates."""
     return 1 if kind == "pred" else 8 * type_size(kind)
+
+
+HALVES = ("f16", "f16x2", "bf16", "bf16x2")
+
+
+def untyped(kind: str) -> str:
+    """The type that is only bits, of the same width."""
+    return f"b{width(kind)}"
+
+
+def half_struct(kind: str) -> str:
+    """What runtime/half.hpp calls a 16-bit float."""
+    return "ptx::BFloat" if kind.startswith("bf") else "ptx::Half"
 
 
 def is_float(kind: str) -> bool:
@@ -240,8 +253,8 @@ def _integer(value: int, kind: str) -> str:
     if value == -(1 << 63):
         return "INT64_MIN"
     if kind[0] == "s":
-        literal = f"{value}{'ll' if bits == 64 else ''}"
         if value == -(1 << 31) and bits == 32:
-            literal = "INT32_MIN"
-        return literal if bits >= 32 and value >= 0 else f"({literal})" if bits >= 32 else f"{cpp_type(kind)}({literal})"
+            return "INT32_MIN"
+        literal = f"({value}{'ll' if bits == 64 else ''})"
+        return literal if bits >= 32 else f"{cpp_type(kind)}{literal}"
     return f"{value}{'u' if bits == 32 else 'ull'}" if bits >= 32 else f"{cpp_type(kind)}({value}u)"

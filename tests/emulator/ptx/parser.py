@@ -214,9 +214,10 @@ def parse(text: str) -> Module:
 
 def _kernel(text: str, position: int) -> tuple[Kernel, int]:
     """The kernel whose text begins at `position`, and the position behind it."""
-    head = re.compile(rf"\s*(?:\.(?:visible|weak)\s+)?\.entry\s+({_NAME})\s*\(([^)]*)\)([^{{]*)\{{").match(text, position)
+    pattern = rf"\s*(?:\.(?:visible|weak)\s+)?\.entry\s+({_NAME})\s*\(([^)]*)\)([^{{]*)\{{"
+    head = re.compile(pattern).match(text, position)
     if not head:
-        raise PtxError(f"kernel head: {text[position:position + 200].strip()}")
+        raise PtxError(f"kernel head: {text[position : position + 200].strip()}")
     depth, end = 1, head.end()
     while depth:
         if end >= len(text):
@@ -278,7 +279,7 @@ def _pieces(body: str):
         else:
             end = body.find(";", position)
             if end < 0:
-                raise PtxError(f"no ';' behind: {body[position:position + 200].strip()}")
+                raise PtxError(f"no ';' behind: {body[position : position + 200].strip()}")
             yield " ".join(body[position:end].split())
             position = end + 1
 
@@ -293,7 +294,8 @@ def _statement(piece: str) -> Statement | None:
     if match := re.fullmatch(rf"({_NAME}): \.branchtargets (.*)", piece):
         return BranchTargets(match[1], tuple(name.strip() for name in match[2].split(",")))
     if match := re.fullmatch(r"\.reg \.(\w+) (.*)", piece):
-        return Registers(match[1], tuple(name for item in match[2].split(",") for name in _register_names(item.strip())))
+        names = (name for item in match[2].split(",") for name in _register_names(item.strip()))
+        return Registers(match[1], tuple(names))
     if piece.startswith(".pragma") or piece.startswith(".loc "):
         return None
     if piece.startswith("."):

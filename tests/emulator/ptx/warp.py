@@ -36,9 +36,8 @@ def shuffle(op: Operation) -> str:
     arguments = f"{op.read(1, 'b32')}, {op.read(2, 'u32')}, {op.read(3, 'u32')}, {op.read(4, 'u32')}"
     stores = op.names.write(value, "got", "b32") if value else ""
     stores += f" {op.names.write(valid, 'valid', 'pred')}" if valid else ""
-    return (
-        f"{{ bool valid; const uint32_t got = ptx::shuffle(ptx::Shuffle::{mode}, {arguments}, valid); {stores.strip()} }}"
-    )
+    got = f"const uint32_t got = ptx::shuffle(ptx::Shuffle::{mode}, {arguments}, valid);"
+    return f"{{ bool valid; {got} {stores.strip()} }}"
 
 
 @family("vote")

@@ -22,22 +22,89 @@ TRIPLES = cross(FLOATS, FLOATS, FLOATS)
 # Around what integers hold, and ties of rounding to integers.
 ROUNDED = array(
     "float32",
-    [0.5, 1.5, 2.5, -0.5, -1.5, -2.5, 0.49999997, 127.5, 128.5, -128.5, -129.0, 255.5, 1e9, 2147483520.0, 2147483648.0]
-    + [-2147483648.0, -2147483904.0, 4294967040.0, 4294967296.0, 1e20, -1e20, -1.0, 0.0, -0.0, INF, -INF, NAN, 9.3e18],
+    [
+        0.5,
+        1.5,
+        2.5,
+        -0.5,
+        -1.5,
+        -2.5,
+        0.49999997,
+        127.5,
+        128.5,
+        -128.5,
+        -129.0,
+        255.5,
+        1e9,
+        2147483520.0,
+        2147483648.0,
+        -2147483648.0,
+        -2147483904.0,
+        4294967040.0,
+        4294967296.0,
+        1e20,
+        -1e20,
+        -1.0,
+        0.0,
+        -0.0,
+        INF,
+        -INF,
+        NAN,
+        9.3e18,
+    ],
 )
 
 # Ties and limits of both 16-bit formats, and of tf32.
 NARROWED = array(
     "float32",
-    [0.0, -0.0, 1 + 2**-11, 1 + 3 * 2**-11, 1 + 2**-11 + 2**-23, 1 + 2**-8, 1 + 3 * 2**-8, -(1 + 2**-8), 1 + 2**-8 + 2**-23]
-    + [65504.0, 65519.996, 65520.0, 65536.0, -65520.0, 2.0**-14, 2.0**-14 - 2.0**-25, 2.0**-24, 2.0**-25, 2.0**-25 * 1.001]
-    + [3 * 2.0**-25, 2.0**-26, 1e-40, 3.3895314e38, 3.4e38, 3.4028235e38, INF, -INF, NAN, 1 + 2**-11 - 2**-23, 0.1, -0.1]
-    + [1 + 2**-10 + 2**-11, 1 - 2**-12, 2047.9, -3.3895316e38, 9.2e-41, 4.6e-41],
+    [
+        0.0,
+        -0.0,
+        1 + 2**-11,
+        1 + 3 * 2**-11,
+        1 + 2**-11 + 2**-23,
+        1 + 2**-8,
+        1 + 3 * 2**-8,
+        -(1 + 2**-8),
+        1 + 2**-8 + 2**-23,
+        65504.0,
+        65519.996,
+        65520.0,
+        65536.0,
+        -65520.0,
+        2.0**-14,
+        2.0**-14 - 2.0**-25,
+        2.0**-24,
+        2.0**-25,
+        2.0**-25 * 1.001,
+        3 * 2.0**-25,
+        2.0**-26,
+        1e-40,
+        3.3895314e38,
+        3.4e38,
+        3.4028235e38,
+        INF,
+        -INF,
+        NAN,
+        1 + 2**-11 - 2**-23,
+        0.1,
+        -0.1,
+        1 + 2**-10 + 2**-11,
+        1 - 2**-12,
+        2047.9,
+        -3.3895316e38,
+        9.2e-41,
+        4.6e-41,
+    ],
 )
 
-HALVES = array("uint16", [0, 0x8000, 1, 0x8001, 0x3FF, 0x400, 0x3C00, 0x3C01, 0xBC00, 0x3555, 0x7BFF, 0xFBFF, 0x7C00, 0xFC00])
+HALVES = array(
+    "uint16", [0, 0x8000, 1, 0x8001, 0x3FF, 0x400, 0x3C00, 0x3C01, 0xBC00, 0x3555, 0x7BFF, 0xFBFF, 0x7C00, 0xFC00]
+)
 HALVES = np.concatenate([HALVES, array("uint16", [0x7E00, 0x4248, 0x1, 0x83FF])])
-BFLOATS = array("uint16", [0, 0x8000, 1, 0x8001, 0x7F, 0x80, 0x3F80, 0x3F81, 0xBF80, 0x3DCD, 0x7F7F, 0xFF7F, 0x7F80, 0xFF80])
+BFLOATS = array(
+    "uint16", [0, 0x8000, 1, 0x8001, 0x7F, 0x80, 0x3F80, 0x3F81, 0xBF80, 0x3DCD, 0x7F7F, 0xFF7F, 0x7F80, 0xFF80]
+)
 BFLOATS = np.concatenate([BFLOATS, array("uint16", [0x7FC0, 0x4049, 0x2F80, 0xA001])])
 
 
@@ -133,7 +200,9 @@ def _singles() -> list[Case]:
         case("max_nan_f32", "max.NaN.f32 d, a, b;", _nan_wins(_greatest), "float32", *PAIRS),
         case("copysign_f32", "copysign.f32 d, a, b;", lambda a, b: math.copysign(b, a), "float32", *PAIRS),
         case("saturate", "cvt.sat.f32.f32 d, a;", lambda a: min(a, 1.0) if a > 0 else 0.0, "float32", FLOATS),
-        case("selp_f32", "setp.gt.f32 p, a, b; selp.f32 d, a, b, p;", lambda a, b: a if a > b else b, "float32", *PAIRS),
+        case(
+            "selp_f32", "setp.gt.f32 p, a, b; selp.f32 d, a, b, p;", lambda a, b: a if a > b else b, "float32", *PAIRS
+        ),
         case("bits_f32", "mov.b32 d, a;", lambda a: int(np.float32(a).view(np.uint32)), "uint32", FLOATS[:-1]),
         case("top_half", "mov.b32 d, {0, a};", BFLOAT.decode, "float32", BFLOATS),
     ]
@@ -182,14 +251,22 @@ def _conversions() -> list[Case]:
     cases = []
     for name, function in roundings.items():
         cases.append(
-            case(f"cvt_{name}_s32", f"cvt.{name}.s32.f32 d, a;", _to_integer(function, -(2**31), 2**31 - 1), "int32", ROUNDED)
+            case(
+                f"cvt_{name}_s32",
+                f"cvt.{name}.s32.f32 d, a;",
+                _to_integer(function, -(2**31), 2**31 - 1),
+                "int32",
+                ROUNDED,
+            )
         )
 
         def to_float(x, function=function):
             return math.copysign(float(function(x)), x) if math.isfinite(x) else x
 
         cases.append(case(f"cvt_{name}_f32", f"cvt.{name}.f32.f32 d, a;", to_float, "float32", ROUNDED))
-    integers = array("int32", [0, 1, -1, 2**24 + 1, 2**24 + 3, 2**31 - 1, -(2**31), 65504, 65520, 2047, 2049, 4098, 4102])
+    integers = array(
+        "int32", [0, 1, -1, 2**24 + 1, 2**24 + 3, 2**31 - 1, -(2**31), 65504, 65520, 2047, 2049, 4098, 4102]
+    )
     longs = array("int64", [0, -1, 2**62 + 1, 2**24 + 1, -(2**63), 2**63 - 1])
     to_s8 = "cvt.rni.sat.s8.f32 h, a; cvt.s32.s16 d, h;"
 
@@ -214,7 +291,9 @@ def _conversions() -> list[Case]:
         case("cvt_bf16_random", "cvt.rn.bf16.f32 d, a;", _narrow(BFLOAT), "uint16", _random_floats()),
         case("cvt_from_f16", "cvt.f32.f16 d, a;", HALF.decode, "float32", np.arange(1 << 16, dtype=np.uint16)),
         case("cvt_from_bf16", "cvt.f32.bf16 d, a;", BFLOAT.decode, "float32", BFLOATS),
-        case("cvt_f16_s32", "cvt.rn.f16.s32 d, a;", lambda x: HALF.encode(HALF.nearest(Fraction(x))), "uint16", integers),
+        case(
+            "cvt_f16_s32", "cvt.rn.f16.s32 d, a;", lambda x: HALF.encode(HALF.nearest(Fraction(x))), "uint16", integers
+        ),
         case("cvt_s16_f16", "cvt.rni.s16.f16 d, a;", _from_half(-(2**15), 2**15 - 1), "int16", HALVES),
         *(
             case(

@@ -89,7 +89,11 @@ def _cases() -> list[Case]:
         case("add_s64", "add.s64 d, a, b;", lambda a, b: a + b, "uint64", *cross(LONGS, LONGS)),
         case("sub_u32", "sub.u32 d, a, b;", lambda a, b: a - b, "uint32", *PAIRS),
         case(
-            "add_sat", "add.sat.s32 d, a, b;", lambda a, b: max(-(1 << 31), min((1 << 31) - 1, s(a) + s(b))), "int32", *PAIRS
+            "add_sat",
+            "add.sat.s32 d, a, b;",
+            lambda a, b: max(-(1 << 31), min((1 << 31) - 1, s(a) + s(b))),
+            "int32",
+            *PAIRS,
         ),
         case("mul_lo_s32", "mul.lo.s32 d, a, b;", lambda a, b: a * b, "uint32", *PAIRS),
         case("mul_lo_s16", "mul.lo.s16 d, a, b;", lambda a, b: a * b, "uint16", *cross(SHORTS, SHORTS)),
@@ -97,24 +101,40 @@ def _cases() -> list[Case]:
         case("mul_hi_s32", "mul.hi.s32 d, a, b;", lambda a, b: s(a) * s(b) >> 32, "uint32", *PAIRS),
         case("mul_hi_u32", "mul.hi.u32 d, a, b;", lambda a, b: a * b >> 32, "uint32", *PAIRS),
         case("mul_hi_u16", "mul.hi.u16 d, a, b;", lambda a, b: a * b >> 16, "uint16", *cross(SHORTS, SHORTS)),
-        case("mul_hi_s64", "mul.hi.s64 d, a, b;", lambda a, b: s(a, 64) * s(b, 64) >> 64, "int64", *cross(LONGS, LONGS)),
+        case(
+            "mul_hi_s64", "mul.hi.s64 d, a, b;", lambda a, b: s(a, 64) * s(b, 64) >> 64, "int64", *cross(LONGS, LONGS)
+        ),
         case("mul_hi_u64", "mul.hi.u64 d, a, b;", lambda a, b: a * b >> 64, "uint64", *cross(LONGS, LONGS)),
         case("mul_wide_s32", "mul.wide.s32 d, a, b;", lambda a, b: s(a) * s(b), "uint64", *PAIRS),
         case("mul_wide_u32", "mul.wide.u32 d, a, b;", lambda a, b: a * b, "uint64", *PAIRS),
-        case("mul_wide_s16", "mul.wide.s16 d, a, b;", lambda a, b: s(a, 16) * s(b, 16), "uint32", *cross(SHORTS, SHORTS)),
+        case(
+            "mul_wide_s16", "mul.wide.s16 d, a, b;", lambda a, b: s(a, 16) * s(b, 16), "uint32", *cross(SHORTS, SHORTS)
+        ),
         case("mul_wide_u16", "mul.wide.u16 d, a, b;", lambda a, b: a * b, "uint32", *cross(SHORTS, SHORTS)),
         case("mad_lo_s32", "mad.lo.s32 d, a, b, c;", lambda a, b, c: a * b + c, "uint32", *TRIPLES),
         case("mad_hi_u32", "mad.hi.u32 d, a, b, c;", lambda a, b, c: (a * b >> 32) + c, "uint32", *TRIPLES),
         case(
-            "mad_wide_s32", "mad.wide.s32 d, a, b, c;", lambda a, b, c: s(a) * s(b) + c, "uint64", *cross(WORDS, WORDS, LONGS)
+            "mad_wide_s32",
+            "mad.wide.s32 d, a, b, c;",
+            lambda a, b, c: s(a) * s(b) + c,
+            "uint64",
+            *cross(WORDS, WORDS, LONGS),
         ),
         case(
-            "mad_wide_u16", "mad.wide.u16 d, a, b, c;", lambda a, b, c: a * b + c, "uint32", *cross(SHORTS, SHORTS, WORDS)
+            "mad_wide_u16",
+            "mad.wide.u16 d, a, b, c;",
+            lambda a, b, c: a * b + c,
+            "uint32",
+            *cross(SHORTS, SHORTS, WORDS),
         ),
         case("div_s32", "div.s32 d, a, b;", lambda a, b: _quotient(s(a), s(b)), "uint32", *cross(WORDS, WORDS[1:])),
         case("div_u32", "div.u32 d, a, b;", lambda a, b: a // b, "uint32", *cross(WORDS, WORDS[1:])),
         case(
-            "rem_s32", "rem.s32 d, a, b;", lambda a, b: s(a) - s(b) * _quotient(s(a), s(b)), "uint32", *cross(WORDS, WORDS[1:])
+            "rem_s32",
+            "rem.s32 d, a, b;",
+            lambda a, b: s(a) - s(b) * _quotient(s(a), s(b)),
+            "uint32",
+            *cross(WORDS, WORDS[1:]),
         ),
         case("rem_u64", "rem.u64 d, a, b;", lambda a, b: a % b, "uint64", *cross(LONGS, LONGS[1:])),
         case("min_s32", "min.s32 d, a, b;", lambda a, b: min(s(a), s(b)), "uint32", *PAIRS),
@@ -134,18 +154,20 @@ def _cases() -> list[Case]:
         case("brev_b32", "brev.b32 d, a;", lambda a: int(f"{a:032b}"[::-1], 2), "uint32", WORDS),
         case("bfind_u32", "bfind.u32 d, a;", lambda a: _find_bit(a, False), "uint32", WORDS),
         case("bfind_s32", "bfind.s32 d, a;", lambda a: _find_bit(a, True), "uint32", WORDS),
+        case("bfind_amount", "bfind.shiftamt.u32 d, a;", lambda a: 32 - a.bit_length() if a else -1, "uint32", WORDS),
         case(
-            "bfind_amount", "bfind.shiftamt.u32 d, a;", lambda a: 32 - a.bit_length() if a else -1, "uint32", WORDS
+            "prmt_b32",
+            "prmt.b32 d, a, b, c;",
+            _permute,
+            "uint32",
+            *cross(WORDS[4:], WORDS[4:], array("uint32", SELECTORS)),
         ),
-        case("prmt_b32", "prmt.b32 d, a, b, c;", _permute, "uint32", *cross(WORDS[4:], WORDS[4:], array("uint32", SELECTORS))),
         case("dp4a_s32", "dp4a.s32.s32 d, a, b, c;", _dot(True), "uint32", *TRIPLES),
         case("dp4a_u32", "dp4a.u32.u32 d, a, b, c;", _dot(False), "uint32", *TRIPLES),
         case("slct_s32", "slct.b32.s32 d, a, b, c;", lambda a, b, c: a if s(c) >= 0 else b, "uint32", *TRIPLES),
     ]
     for table in (0x00, 0x3C, 0x96, 0xCA, 0xE8, 0xFF, 0x01):
-        cases.append(
-            case(f"lop3_{table:02x}", f"lop3.b32 d, a, b, c, {table:#x};", _logic(table), "uint32", *TRIPLES)
-        )
+        cases.append(case(f"lop3_{table:02x}", f"lop3.b32 d, a, b, c, {table:#x};", _logic(table), "uint32", *TRIPLES))
     return cases + _shifts() + _fields() + _predicates() + _conversions()
 
 
@@ -185,10 +207,18 @@ def _shifts() -> list[Case]:
 def _fields() -> list[Case]:
     return [
         case(
-            "bfe_u32", "bfe.u32 d, a, b, c;", lambda a, p, n: _extract(a, p, n, False), "uint32", *cross(WORDS, AMOUNTS, AMOUNTS)
+            "bfe_u32",
+            "bfe.u32 d, a, b, c;",
+            lambda a, p, n: _extract(a, p, n, False),
+            "uint32",
+            *cross(WORDS, AMOUNTS, AMOUNTS),
         ),
         case(
-            "bfe_s32", "bfe.s32 d, a, b, c;", lambda a, p, n: _extract(a, p, n, True), "uint32", *cross(WORDS, AMOUNTS, AMOUNTS)
+            "bfe_s32",
+            "bfe.s32 d, a, b, c;",
+            lambda a, p, n: _extract(a, p, n, True),
+            "uint32",
+            *cross(WORDS, AMOUNTS, AMOUNTS),
         ),
         case("bfe_byte", "bfe.s32 d, a, 8, 8;", lambda a: signed(a >> 8 & 0xFF, 8), "uint32", WORDS),
         case("bfi_b32", "bfi.b32 d, a, b, 5, 9;", lambda a, b: _insert(a, b, 5, 9), "uint32", *PAIRS),
@@ -208,7 +238,9 @@ def _predicates() -> list[Case]:
 
     one = "selp.b32 d, 1, 0, p;"
     return [
-        case("setp_lt_s32", f"setp.lt.s32 p, a, b; {one}", chosen(lambda a, b: signed(a) < signed(b)), "uint32", *PAIRS),
+        case(
+            "setp_lt_s32", f"setp.lt.s32 p, a, b; {one}", chosen(lambda a, b: signed(a) < signed(b)), "uint32", *PAIRS
+        ),
         case("setp_lt_u32", f"setp.lt.u32 p, a, b; {one}", chosen(lambda a, b: a < b), "uint32", *PAIRS),
         case("setp_hs_u32", f"setp.hs.u32 p, a, b; {one}", chosen(lambda a, b: a >= b), "uint32", *PAIRS),
         case("setp_ge_s16", f"setp.ge.s16 p, a, -1; {one}", chosen(lambda a: signed(a, 16) >= -1), "uint32", SHORTS),
