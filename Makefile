@@ -2,6 +2,7 @@
 # make test         run the tests
 # make check        ruff and mypy
 # make bench        the layer benchmark
+# make gpu-check    on a machine with a GPU, which needs no network: build for it, test, measure (ARGS="tests": one part)
 # make clean        remove what these have made
 #
 # Each makes .venv when it is not there. PYTHON=python3.12 make ... takes another interpreter.
@@ -13,15 +14,15 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 export HF_HUB_OFFLINE = 1
 
 # What the extension and the metadata are built from: a change installs again.
-SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(shell find csrc -type f)
+SOURCES := pyproject.toml constraints.txt tests/cuda-requirements.txt CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: quickstart test check bench clean
+.PHONY: quickstart test check bench gpu-check clean
 
 quickstart: $(VENV)/.quickstart
 	$(BIN)/pyadapt quickstart $(ARGS)
 
 test: check
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 check: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -30,6 +31,10 @@ check: $(VENV)/.test
 
 bench: $(VENV)/.test
 	$(BIN)/python -m benchmarks.layer $(ARGS)
+
+# With the packages that are there: nothing is installed, and no .venv is made.
+gpu-check:
+	$(PYTHON) scripts/gpu_check.py $(ARGS)
 
 $(VENV)/.made:
 	$(PYTHON) scripts/check_prerequisites.py
@@ -41,6 +46,7 @@ $(VENV)/.made:
 # AVX-512 run that code's tests; a release is built without them.
 $(VENV)/.test: $(VENV)/.made $(SOURCES)
 	$(PIP) install --quiet --editable ".[test]" -c constraints.txt --config-settings=cmake.define.PYADAPT_EMULATED_ISA=ON
+	$(PIP) install --quiet --no-deps -r tests/cuda-requirements.txt
 	touch $@
 
 # An environment that has the tests' packages has the quick start's too.

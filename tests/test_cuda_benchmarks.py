@@ -194,12 +194,12 @@ def test_without_a_gpu(module, capsys, monkeypatch):
 @pytest.mark.parametrize("dropout", [0.0, 0.05])
 def test_every_kernel_is_called_rightly(M, base, dropout):
     """The calls that are timed, on the emulated device; each row has its counts."""
-    from emulator import build
+    from emulator import build, control
 
     dtype = torch.bfloat16
     point = kernels.Point(M, 72, 40, 4, base, dropout)
     module = build.load()
-    build.set_capability(module, 80)
+    control.set_capability(module, 80)
     with native.emulating_cuda(module):
         cases = kernels.cases_of(point, dtype, [kernels.operands_of(point, dtype, "cpu") for _ in range(2)])
         found, failed = timing.interleave(cases, 2, 0.0, lambda run, copies: lambda: float(run(copies - 1) is not None))

@@ -2,9 +2,9 @@
 //
 //   out = alpha (left right') column_scale + mask(low_scale low_left low_right') + bias
 //
-// Forward: left x, right W, low_left S, low_right B. dx: left g, right W', low_left dS, low_right A', and the mask of drop(x)
-// is made again. The low-rank term is a second, short depth loop into the same sums, so that out is written once; it
-// is fp32 in memory and tf32 in the tensor cores, where fp16 could overflow.
+// Forward: left x, right W, low_left S, low_right B. dx: left g, right W', low_left dS, low_right A', and the mask of
+// drop(x) is made again. The low-rank term is a second, short depth loop into the same sums, so that out is written
+// once; it is fp32 in memory and tf32 in the tensor cores, where fp16 could overflow.
 //
 // A block makes one tile of out, a warp a part of it:
 //
@@ -18,11 +18,11 @@
 // What the choices buy:
 //   panels without padding    a step is 16 KB, three are 48 KB: two blocks on every multiprocessor, even of 100 KB
 //   three or four stages      the copies of the next steps travel while one is multiplied
-//   int8 widened in registers the bytes stay bytes on the way and in shared memory; 2 to 2.5 instructions for two numbers
+//   int8 widened in registers bytes on the way and in shared memory; 2 to 4 instructions for two numbers
 //   64 x 64 for a warp        4 KB read from shared memory for 32 multiplications: less than the tensor cores' time
 //   tiles in groups of 8 rows blocks that run together share rows of left and of right in the L2
 //   64 x 64 tiles             where 128 x 128 ones would leave multiprocessors idle
-//   a tile for sm_75          no cp.async there: the next step waits in registers, which half as many threads have
+//   a tile for sm_75          no cp.async there: the next step waits in registers, which half as many sums leave free
 #include <algorithm>
 #include <climits>
 
@@ -49,7 +49,8 @@ struct TileIndex {
     int down, across;
 };
 __device__ __forceinline__ TileIndex tile_of_block(const Work& work) {
-    const int group = blockIdx.x / (tile_group * work.tiles_across), in_group = blockIdx.x % (tile_group * work.tiles_across);
+    const int group_tiles = tile_group * work.tiles_across;
+    const int group = blockIdx.x / group_tiles, in_group = blockIdx.x % group_tiles;
     const int height = min(tile_group, work.tiles_down - group * tile_group);
     return {group * tile_group + in_group % height, in_group / height};
 }

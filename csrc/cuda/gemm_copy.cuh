@@ -50,8 +50,10 @@ struct Copier {
         const int limit = valid(i);
         std::uint32_t words[4] = {};
 #pragma unroll
-        for (int e = 0; e < chunk_elements; ++e)
-            if (e < limit) words[e * int(sizeof(Element)) / 4] |= std::uint32_t(elements[e]) << e * int(sizeof(Element)) * 8 % 32;
+        for (int e = 0; e < chunk_elements; ++e) {
+            const int byte = e * int(sizeof(Element));
+            if (e < limit) words[byte / 4] |= std::uint32_t(elements[e]) << byte % 4 * 8;
+        }
         return make_uint4(words[0], words[1], words[2], words[3]);
     }
 

@@ -28,9 +28,14 @@ struct Epilogue {
     bool wide;          // out takes four elements at once
 
     __device__ __forceinline__ Epilogue(const Gemm& product, int row0, int column0, bool wide)
-        : product(product), row0(row0), column0(column0), rows(product.M - row0), columns(product.N - column0), wide(wide) {}
-    // The corner is read anew for each part of the work, lest the compiler keep what it computed for one part in registers
-    // until another: there are none to spare.
+        : product(product),
+          row0(row0),
+          column0(column0),
+          rows(product.M - row0),
+          columns(product.N - column0),
+          wide(wide) {}
+    // The corner is read anew for each part of the work, lest the compiler keep what it computed for one part in
+    // registers until another: there are none to spare.
     __device__ __forceinline__ Epilogue(const Gemm& product, const volatile Terms<Tile>& terms, bool wide)
         : Epilogue(product, terms.row, terms.column, wide) {}
 
@@ -39,7 +44,9 @@ struct Epilogue {
 
     // This lane's places in the tile: row h of slab i, and the first of the four columns of pair p.
     __device__ __forceinline__ int row(int i, int h) const { return place.row + 16 * i + 8 * h + g; }
-    __device__ __forceinline__ int column(int p) const { return place.column + 16 * p + 4 * group_of_lane<exchanged>(t); }
+    __device__ __forceinline__ int column(int p) const {
+        return place.column + 16 * p + 4 * group_of_lane<exchanged>(t);
+    }
     static __device__ __forceinline__ float& at(Accumulators<Tile>& sums, int i, int h, int p, int c) {
         return sums[i][2 * p + c / 2][2 * h + c % 2];
     }
@@ -47,7 +54,8 @@ struct Epilogue {
     // f(i, h, p, of_out) for each four elements of this lane that begin inside out.
     template <class Function>
     __device__ __forceinline__ void each_four(Function f) const {
-        T* line = static_cast<T*>(product.out) + (row0 + std::int64_t(row(0, 0))) * product.out_stride + column0 + column(0);
+        const std::int64_t first = (row0 + std::int64_t(row(0, 0))) * product.out_stride + column0 + column(0);
+        T* line = static_cast<T*>(product.out) + first;
 #pragma unroll
         for (int i = 0; i < Tile::down; ++i)
 #pragma unroll
@@ -105,8 +113,8 @@ struct Epilogue {
         }
     }
 
-    // Which of this lane's elements in slab i survive: four bits for each call of Philox, row by row. A loop, not eight copies
-    // of the generator.
+    // Which of this lane's elements in slab i survive: four bits for each call of Philox, row by row. A loop, not
+    // eight copies of the generator.
     __device__ __forceinline__ std::uint32_t survivors(const Philox& philox, int i) const {
         constexpr int calls = 2 * pairs;
         static_assert(4 * calls <= 32);
@@ -123,8 +131,9 @@ struct Epilogue {
         return bits;
     }
 
-    // Where a rank of the 16 staged ones lies, in floats, in a block of 16 rows: as the fragments of mma_16x8x8 take it. The
-    // order within a sum is free: lane t has ranks 4t and 4t + 1 in the first step, the next two in the second.
+    // Where a rank of the 16 staged ones lies, in floats, in a block of 16 rows: as the fragments of mma_16x8x8 take
+    // it. The order within a sum is free: lane t has ranks 4t and 4t + 1 in the first step, the next two in the
+    // second.
     //   left:  16 bytes hold the two ranks of rows g and g + 8, a whole fragment of a lane;
     //   right: 16 bytes hold the four ranks of column g, both steps' fragments.
     static __device__ __forceinline__ unsigned place_left(unsigned row, unsigned rank) {
@@ -134,9 +143,9 @@ struct Epilogue {
         return RankRow::offset(fragment_column<exchanged>(column), rank / 4) / 4 + rank % 4;
     }
 
-    // Ranks first .. first + 15 of `count` rows from `corner` on, times the factor and rounded for the tensor cores; zeros
-    // outside. Threads go along the unit stride, a thread from one 16 x 16 block to the next: one address, and four loads on
-    // their way.
+    // Ranks first .. first + 15 of `count` rows from `corner` on, times the factor and rounded for the tensor cores;
+    // zeros outside. Threads go along the unit stride, a thread from one 16 x 16 block to the next: one address, and
+    // four loads on their way.
     template <int count, bool is_left>
     __device__ __forceinline__ void stage(float* to, const Matrix& from, int corner, int inside, int first,
                                           float factor) const {
@@ -146,8 +155,10 @@ struct Epilogue {
         const unsigned rank = share * (along_rows ? threadIdx.x / 16 : threadIdx.x % (16 / share));
         unsigned place[share];
 #pragma unroll
-        for (unsigned s = 0; s < share; ++s) place[s] = is_left ? place_left(row, rank + s) : place_right(row, rank + s);
-        std::int64_t index = (corner + std::int64_t(row)) * from.row_stride + (first + std::int64_t(rank)) * from.column_stride;
+        for (unsigned s = 0; s < share; ++s)
+            place[s] = is_left ? place_left(row, rank + s) : place_right(row, rank + s);
+        std::int64_t index =
+            (corner + std::int64_t(row)) * from.row_stride + (first + std::int64_t(rank)) * from.column_stride;
 #pragma unroll 2
         for (unsigned block = 0; block < count; block += 16) {
 #pragma unroll
@@ -161,8 +172,8 @@ struct Epilogue {
         }
     }
 
-    // sums += mask(the staged ranks' term). The mask falls on each step's part alone: a sum of masked parts is the masked
-    // sum.
+    // sums += mask(the staged ranks' term). The mask falls on each step's part alone: a sum of masked parts is the
+    // masked sum.
     __device__ __forceinline__ void add_staged(Accumulators<Tile>& sums, const float* left, const float* right,
                                                const std::uint32_t (&mask)[Tile::down]) const {
         const float4* a = reinterpret_cast<const float4*>(left + place.row * rank_step + place_left(g, 4 * t));
@@ -211,8 +222,9 @@ struct Epilogue {
     __device__ __forceinline__ void store(Accumulators<Tile>& sums, const Terms<Tile>& terms) const {
         each_four([&](int i, int h, int p, T* to) {
             const float4 bias = *reinterpret_cast<const float4*>(terms.bias + column(p));
-            const T rounded[4] = {from_float<T>(at(sums, i, h, p, 0) + bias.x), from_float<T>(at(sums, i, h, p, 1) + bias.y),
-                                  from_float<T>(at(sums, i, h, p, 2) + bias.z), from_float<T>(at(sums, i, h, p, 3) + bias.w)};
+            const T rounded[4] = {
+                from_float<T>(at(sums, i, h, p, 0) + bias.x), from_float<T>(at(sums, i, h, p, 1) + bias.y),
+                from_float<T>(at(sums, i, h, p, 2) + bias.z), from_float<T>(at(sums, i, h, p, 3) + bias.w)};
             if (whole(p)) {
                 *reinterpret_cast<uint2*>(to) = make_uint2(pack(rounded[0], rounded[1]), pack(rounded[2], rounded[3]));
             } else {

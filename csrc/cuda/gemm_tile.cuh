@@ -1,12 +1,12 @@
 // Tiles of the product in shared memory and in registers, and their multiplication.
 //
-// A panel is a tile of one operand in shared memory: rows of 16-byte chunks, whose places within a row are exchanged (xor)
-// by the row's number. Eight rows of one chunk, which is what a matrix of ldmatrix reads, then lie in all 32 banks, and
-// nothing is spent on padding.
+// A panel is a tile of one operand in shared memory: rows of 16-byte chunks, whose places within a row are exchanged
+// (xor) by the row's number. Eight rows of one chunk, which is what a matrix of ldmatrix reads, then lie in all 32
+// banks, and nothing is spent on padding.
 //
 // Which column of out a column of a fragment stands for is ours to choose, as long as the right operand and out agree.
-// The choice: after `settle`, of every 16 columns a lane holds four adjacent ones, in two rows: stores are 8 bytes wide, and
-// one Philox call makes the lane's mask.
+// The choice: after `settle`, of every 16 columns a lane holds four adjacent ones, in two rows: stores are 8 bytes
+// wide, and one Philox call makes the lane's mask.
 #pragma once
 
 #include <type_traits>
@@ -52,23 +52,23 @@ using RightPanel = std::conditional_t<along_columns, Panel<depth_step, Tile::col
 template <class Tile>
 using LeftPanel = Panel<Tile::rows, depth_step * 2>;
 
-// Of the four groups of four columns, the one that lane t of a quad holds. ldmatrix.trans gives 16-bit columns in their
-// own order, from which one exchange between neighbours leads to 0 2 1 3.
+// Of the four groups of four columns, the one that lane t of a quad holds. ldmatrix.trans gives 16-bit columns in
+// their own order, from which one exchange between neighbours leads to 0 2 1 3.
 template <bool exchanged>
 __device__ __forceinline__ unsigned group_of_lane(unsigned t) {
     return exchanged ? t / 2 + t % 2 * 2 : t;
 }
 
-// Where column n of out stands among the columns of the fragments: the first fragment of a pair has the first two of each
-// lane's four. Panels whose rows are columns of out keep them in this order.
+// Where column n of out stands among the columns of the fragments: the first fragment of a pair has the first two of
+// each lane's four. Panels whose rows are columns of out keep them in this order.
 template <bool exchanged>
 __device__ __forceinline__ unsigned fragment_column(unsigned n) {
     const unsigned t = group_of_lane<exchanged>(n / 4 % 4);
     return n / 16 * 16 + n / 2 % 2 * 8 + 2 * t + n % 2;
 }
 
-// Two of the four signed bytes in a word, as two numbers of T: exact, as T has a mantissa of 8 bits or more. The selector
-// is of __byte_perm: 4 stands for the exponent's byte.
+// Two of the four signed bytes in a word, as two numbers of T: exact, as T has a mantissa of 8 bits or more. The
+// selector is of __byte_perm: 4 stands for the exponent's byte.
 template <class T>
 __device__ __forceinline__ std::uint32_t widen(std::uint32_t bytes, unsigned selector) {
     std::uint32_t word;
@@ -164,8 +164,8 @@ struct Multiplier {
         }
     }
 
-    // Bytes with unit stride along the depth. The order of the depths within a sum is free: lane t takes the eight from 8t
-    // on, which lie side by side in both panels, four of them for each of two steps.
+    // Bytes with unit stride along the depth. The order of the depths within a sum is free: lane t takes the eight
+    // from 8t on, which lie side by side in both panels, four of them for each of two steps.
     static __device__ __forceinline__ void add_bytes(Accumulators<Tile>& sums, const unsigned char* left,
                                                      const unsigned char* right) {
         const Place<Tile> place;

@@ -35,7 +35,8 @@ struct Problem {
     std::string name() const {
         const auto part = [](bool there, const std::string& text) { return there ? " " + text : std::string(); };
         return std::to_string(M) + "x" + std::to_string(N) + "x" + std::to_string(K) + " " + pyadapt::name_of(dtype) +
-               part(bytes, "int8") + part(along_columns, "along columns") + (tile == Tile::large ? " large" : " small") +
+               part(bytes, "int8") + part(along_columns, "along columns") +
+               (tile == Tile::large ? " large" : " small") +
                part(tight, "tight") + part(gap, "gap " + std::to_string(gap)) +
                part(shift, "shift " + std::to_string(shift)) + part(scaled, "scaled") +
                part(bias.has_value(), std::string("bias ") + (bias ? pyadapt::name_of(*bias) : "")) +
@@ -113,8 +114,8 @@ void solve(Check& check, const Problem& p) {
             const std::int64_t at = m * out_stride + n;
             double frozen = p.add_out ? before.get(at) : 0, magnitude = std::fabs(frozen);
             for (int k = 0; k < p.K; ++k) {
-                const double term =
-                    left.get(m * left_stride + k) * right.get(p.along_columns ? k * right_stride + n : n * right_stride + k);
+                const std::int64_t in_right = p.along_columns ? k * right_stride + n : n * right_stride + k;
+                const double term = left.get(m * left_stride + k) * right.get(in_right);
                 frozen += term, magnitude += std::fabs(term);
             }
             const double factor = p.alpha * (p.scaled ? scale.get(n) : 1.0);
@@ -137,13 +138,14 @@ void solve(Check& check, const Problem& p) {
 
 std::vector<Case> cases() {
     std::vector<Problem> problems;
-    // Every kernel: ragged to all sides, with all terms, a depth that goes round the stages. Sizes and one multiprocessor
-    // lead to the large tile.
+    // Every kernel: ragged to all sides, with all terms, a depth that goes round the stages. Sizes and one
+    // multiprocessor lead to the large tile.
     for (const DType dtype : half_dtypes())
         for (const bool bytes : {false, true})
             for (const bool along_columns : {false, true}) {
                 Problem p = {70, 88, 168, dtype, bytes, along_columns};
-                p.scaled = bytes, p.bias = DType::f32, p.rank = 16, p.alpha = 0.75f, p.dropout = along_columns ? 0.3 : 0;
+                p.scaled = bytes, p.bias = DType::f32, p.rank = 16, p.alpha = 0.75f;
+                p.dropout = along_columns ? 0.3 : 0;
                 problems.push_back(p);
                 p.M = 130, p.N = 200, p.tile = Tile::large, p.rank = 3, p.bias = dtype;
                 problems.push_back(p);

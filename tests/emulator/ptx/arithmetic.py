@@ -1,7 +1,7 @@
 """Arithmetic and bits: what C++ each instruction family becomes.
 
-A family is a function of an Operation that gives a C++ statement (families.py). Semantics that C++ operators do not have
-are functions of runtime/ptx.hpp and runtime/half.hpp.
+A family is a function of an Operation that gives a C++ statement (families.py). Semantics that C++ operators do not
+have are functions of runtime/ptx.hpp and runtime/half.hpp.
 """
 
 from __future__ import annotations
