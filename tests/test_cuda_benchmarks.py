@@ -188,21 +188,38 @@ def test_without_a_gpu(module, capsys, monkeypatch):
     assert "needs a CUDA GPU" in capsys.readouterr().err
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("M", [16, 65])
-@pytest.mark.parametrize("base", kernels.BASES)
-@pytest.mark.parametrize("dropout", [0.0, 0.05])
-def test_every_kernel_is_called_rightly(M, base, dropout):
-    """The calls that are timed, on the emulated device; each row has its counts."""
-    from emulator import build, control
-
-    dtype = torch.bfloat16
+def rows_of_calls(M, base, dropout):
+    """The rows of a small shape, every call made once."""
     point = kernels.Point(M, 72, 40, 4, base, dropout)
-    module = build.load()
-    control.set_capability(module, 80)
-    with native.emulating_cuda(module):
-        cases = kernels.cases_of(point, dtype, [kernels.operands_of(point, dtype, "cpu") for _ in range(2)])
-        found, failed = timing.interleave(cases, 2, 0.0, lambda run, copies: lambda: float(run(copies - 1) is not None))
+    cases = kernels.cases_of(point, torch.bfloat16, [kernels.operands_of(point, torch.bfloat16, "cpu")] * 2)
+    found, failed = timing.interleave(cases, 2, 0.0, lambda run, copies: lambda: float(run(copies - 1) is not None))
     assert failed == {}
     rows = kernels.rows_of(point, found, CEILINGS, AMPERE)
     assert {"6 skinny forward"} == {row["kernel"] for row in rows} if M == 16 else len(rows) >= 7
+    return rows
+
+
+CALLS = [(M, base, dropout) for M in (16, 65) for base in kernels.BASES for dropout in (0.0, 0.05)]
+
+
+@pytest.mark.parametrize(("M", "base", "dropout"), CALLS)
+def test_calls_by_their_arguments(M, base, dropout, monkeypatch):
+    """The CPU kernels have the same functions."""
+    from pyadapt.ops import kernels as native_kernels
+
+    if not native.available():
+        pytest.skip("waits for the native extension: pip install -e .")
+    monkeypatch.setattr(native_kernels, "cuda", native_kernels.cpu)
+    rows_of_calls(M, base, dropout)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("M", "base", "dropout"), CALLS)
+def test_every_kernel_is_called_rightly(M, base, dropout):
+    """The calls that are timed, on the emulated device."""
+    from emulator import build, control
+
+    module = build.load()
+    control.set_capability(module, 80)
+    with native.emulating_cuda(module):
+        rows_of_calls(M, base, dropout)
