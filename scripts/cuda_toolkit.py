@@ -1,7 +1,8 @@
 """Where CUDA's compiler and its companions are: ``python scripts/cuda_toolkit.py [nvcc|include|library|...]``.
 
 nvcc is looked for in CUDACXX, CUDA_HOME, CUDA_PATH, on PATH, in /usr/local/cuda, and at last in the running
-environment's PyPI packages (WHEELS): with those a bare machine that has pip and a host compiler builds everything.
+environment's PyPI packages (tests/cuda-requirements.txt): with those a bare machine that has pip and a host compiler
+builds everything.
 cuobjdump and nvdisasm, which a runtime-only toolkit lacks, come from beside nvcc, from PATH or from PyPI likewise; both
 read objects of an older toolkit.
 
@@ -23,16 +24,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-# Matching packages of CUDA 13.0; cuobjdump and nvdisasm are not published for it, and newer ones read its objects.
-WHEELS = (
-    "nvidia-cuda-nvcc==13.0.88",
-    "nvidia-cuda-crt==13.0.88",
-    "nvidia-nvvm==13.0.88",
-    "nvidia-cuda-runtime==13.0.96",
-    "nvidia-cuda-cccl==13.0.85",
-    "nvidia-cuda-cuobjdump==13.2.86",
-    "nvidia-cuda-nvdisasm==13.2.86",
-)
+# The packages, with matching versions. None needs what it says it depends on.
+REQUIREMENTS = Path(__file__).parents[1] / "tests" / "cuda-requirements.txt"
+INSTALL = f"pip install --no-deps -r {REQUIREMENTS}"
 
 USUAL = Path("/usr/local/cuda")
 
@@ -120,7 +114,7 @@ def find() -> Toolkit:
     raise ToolMissing(
         "no CUDA compiler: looked for nvcc in CUDACXX, CUDA_HOME, CUDA_PATH, PATH, /usr/local/cuda and this "
         f"environment's packages{'; incomplete: ' + ', '.join(incomplete) if incomplete else ''}. "
-        f"Without a toolkit: pip install {' '.join(WHEELS)}"
+        f"Without a toolkit: {INSTALL}"
     )
 
 
@@ -134,8 +128,7 @@ def tool(name: str) -> Path:
         found = _executable(candidate)
         if found is not None:
             return found
-    wheel = next((wheel for wheel in WHEELS if name in wheel), name)
-    raise ToolMissing(f"no {name}: looked on PATH, beside nvcc and in this environment's packages. pip install {wheel}")
+    raise ToolMissing(f"no {name}: looked on PATH, beside nvcc and in this environment's packages. {INSTALL}")
 
 
 def version_of(executable: Path) -> str:
@@ -166,13 +159,12 @@ def answers() -> dict[str, str]:
             result[name] = str(tool(name))
         except ToolMissing as error:
             result[name] = str(error)
-    result["wheels"] = " ".join(WHEELS)
     return result
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Print one answer, or all of them; 1 where what was asked for is missing."""
-    names = ("nvcc", "version", "root", "include", "library", "cmake", "cuobjdump", "nvdisasm", "wheels")
+    names = ("nvcc", "version", "root", "include", "library", "cmake", "cuobjdump", "nvdisasm")
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("what", nargs="?", choices=names, help="print this alone")
     what = parser.parse_args(arguments).what
@@ -184,7 +176,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if what in ("cuobjdump", "nvdisasm"):
             tool(what)
-        elif what != "wheels":
+        else:
             find()
     except ToolMissing as error:
         print(error, file=sys.stderr)

@@ -1,23 +1,17 @@
 #include "layer.hpp"
 
 #include <algorithm>
-#include <limits>
 #include <string>
 
 #include "../core/checks.hpp"
 #include "../core/error.hpp"
 #include "device.hpp"
+#include "operands.hpp"
 
 namespace pyadapt::cuda {
 namespace {
 
 // --- checks ---
-
-int size_of(std::int64_t size, const char* letter) {
-    if (size <= std::numeric_limits<int>::max()) return static_cast<int>(size);
-    throw ValueError(std::string(letter) + " is " + std::to_string(size) +
-                     "; the CUDA kernels take up to 2^31 - 1: split the batch");
-}
 
 void check_16_bits(const Tensor& tensor) {
     if (tensor.dtype == DType::f16 || tensor.dtype == DType::bf16) return;
@@ -31,211 +25,22 @@ void check_activations(const Tensor& tensor, DType dtype, Extent rows, Extent co
     check_rows(tensor);
 }
 
-// fp32 in rows without gaps, as the kernels keep S and dS.
+// Rows without gaps, as the kernels keep the small matrices that they write.
 void check_dense(const Tensor& tensor, Extent rows, Extent columns) {
-    check_shape(tensor, rows, columns);
-    check_dtype(tensor, DType::f32);
-    check_rows(tensor);
+    check_result(tensor, rows, columns);
     if (rows.size > 1 && tensor.strides[0] != columns.size)
         throw ValueError(std::string(tensor.name) + " has gaps between its rows; wanted a contiguous tensor");
 }
 
-void check_gradient(const Tensor& tensor, Extent rows, Extent columns) {
-    check_result(tensor, rows, columns);
-    if (rows.size > 1 && tensor.strides[0] != columns.size)
-        throw ValueError(std::string(tensor.name) + " has gaps between its rows; wanted a contiguous tensor");
+void check_dense_fp32(const Tensor& tensor, Extent rows, Extent columns) {
+    check_dense(tensor, rows, columns);
+    check_dtype(tensor, DType::f32);
 }
 
 void check_layer_weight(const Weight& weight, DType dtype, std::int64_t N, std::int64_t K) {
     check_weight(weight, N, K);
     check_per_output(weight, N);
     if (weight.values->dtype != DType::i8) check_dtype(*weight.values, dtype);
-}
-
-// --- scratch memory ---
-
-constexpr std::size_t alignment = 256;
-
-std::size_t aligned(std::size_t bytes) { return (bytes + alignment - 1) / alignment * alignment; }
-
-// Hands out parts of the caller's workspace.
-class Scratch {
-public:
-    explicit Scratch(const Context& context) : left_(0), memory_(nullptr) {
-        if (!context.workspace) return;
-        memory_ = static_cast<char*>(context.workspace->data);
-        left_ = static_cast<std::size_t>(context.workspace->sizes[0]);
-    }
-    void* take(std::size_t bytes) {
-        if (bytes == 0) return nullptr;
-        if (aligned(bytes) > left_)
-            throw ValueError("workspace has too few bytes: " + std::to_string(aligned(bytes) - left_) +
-                             " more are needed; ask the *_workspace function of the call");
-        void* part = memory_;
-        memory_ += aligned(bytes);
-        left_ -= aligned(bytes);
-        return part;
-    }
-
-private:
-    std::size_t left_;
-    char* memory_;
-};
-
-// --- operands ---
-
-const float* scale_of(const Weight& weight) {
-    return weight.scale ? static_cast<const float*>(weight.scale->data) : nullptr;
-}
-
-Matrix matrix(const Tensor& t) { return {t.data, t.dtype, t.strides[0], t.strides[1]}; }
-Matrix transposed(const Tensor& t) { return {t.data, t.dtype, t.strides[1], t.strides[0]}; }
-
-constexpr DeviceDropout no_dropout = {nullptr, {0, 0}, 0, 1.0f};
-
-Gemm product_into(const Tensor& out) {
-    Gemm product = {};
-    product.M = size_of(out.sizes[0], "M");
-    product.N = size_of(out.sizes[1], "N");
-    product.dtype = out.dtype;
-    product.alpha = 1.0f;
-    product.dropout = no_dropout;
-    product.out = out.data;
-    product.out_stride = out.strides[0];
-    return product;
-}
-
-// right (columns of out, depth) as it lies: W (N, K) in a forward, its transpose in dx.
-void set_right(Gemm& product, const Tensor& right, int column_dimension) {
-    const int depth_dimension = 1 - column_dimension;
-    product.right = right.data;
-    product.right_dtype = right.dtype;
-    // Unit stride along both means a single row or column, which the depth takes.
-    product.right_along_columns = right.strides[depth_dimension] != 1;
-    product.right_stride = right.strides[product.right_along_columns ? depth_dimension : column_dimension];
-}
-
-void set_left(Gemm& product, const void* data, std::int64_t stride, std::int64_t depth) {
-    product.left = data;
-    product.left_stride = stride;
-    product.K = size_of(depth, "the depth of a product");
-}
-
-void add_epilogue(Gemm& product, const Weight& weight) {
-    product.column_scale = scale_of(weight);
-    if (!weight.bias) return;
-    product.bias = weight.bias->data;
-    product.bias_dtype = weight.bias->dtype;
-}
-
-void add_low_rank(Gemm& product, const Tensor& S, const Adapter& adapter) {
-    product.rank = size_of(S.sizes[1], "r");
-    product.low_left = static_cast<const float*>(S.data);
-    product.low_right = matrix(*adapter.B);
-    product.low_scale = static_cast<float>(adapter.scaling);
-}
-
-void add_low_rank_dx(Gemm& product, const float* dS, const Adapter& adapter) {
-    product.rank = size_of(adapter.A->sizes[0], "r");
-    product.low_left = dS;
-    product.low_right = transposed(*adapter.A);
-    product.low_scale = 1.0f;
-    product.dropout = adapter.dropout;
-}
-
-Gemm forward_product(const Tensor& x, const Weight& weight, const Tensor& y) {
-    Gemm product = product_into(y);
-    set_left(product, x.data, x.strides[0], x.sizes[1]);
-    set_right(product, *weight.values, 0);
-    add_epilogue(product, weight);
-    return product;
-}
-
-// `scaled_g`: what stands for g over an int8 W.
-Gemm dx_product(const Tensor& g, const Weight& weight, const void* scaled_g, const Tensor& dx) {
-    Gemm product = product_into(dx);
-    set_left(product, scaled_g ? scaled_g : g.data, scaled_g ? g.sizes[1] : g.strides[0], g.sizes[1]);
-    set_right(product, *weight.values, 1);
-    if (scaled_g) product.alpha = 1.0f / g_factor;
-    return product;
-}
-
-Shrink shrink_pass(const Tensor& x, const Adapter& adapter, const Tensor& S) {
-    Shrink pass = {};
-    pass.M = size_of(x.sizes[0], "M");
-    pass.K = size_of(x.sizes[1], "K");
-    pass.rank = size_of(S.sizes[1], "r");
-    pass.dtype = x.dtype;
-    pass.x = x.data;
-    pass.x_stride = x.strides[0];
-    pass.small = matrix(*adapter.A);
-    pass.dropout = adapter.dropout;
-    pass.alpha = 1.0f;
-    pass.out = static_cast<float*>(S.data);
-    return pass;
-}
-
-// What is to be written beside dS and dB: g scale factor, or nothing.
-struct ScaledG {
-    void* data;
-    float factor;
-};
-
-GradientPass gradient_pass_of(const Tensor& g, const Weight& weight, ScaledG scaled) {
-    GradientPass pass = {};
-    pass.M = size_of(g.sizes[0], "M");
-    pass.N = size_of(g.sizes[1], "N");
-    pass.dtype = g.dtype;
-    pass.g = g.data;
-    pass.g_stride = g.strides[0];
-    if (scaled.data) {
-        pass.g_scale = scale_of(weight);
-        pass.g_factor = scaled.factor;
-        pass.scaled_g = scaled.data;
-    }
-    return pass;
-}
-
-// Only what decides about the scratch memory.
-GradientPass gradient_pass_sizes(const LayerSizes& sizes) {
-    GradientPass pass = {};
-    pass.M = sizes.M;
-    pass.N = sizes.N;
-    pass.rank = sizes.rank;
-    pass.dtype = sizes.dtype;
-    return pass;
-}
-
-InputPass input_pass_sizes(const LayerSizes& sizes) {
-    InputPass pass = {};
-    pass.M = sizes.M;
-    pass.K = sizes.K;
-    pass.rank = sizes.rank;
-    pass.dtype = sizes.dtype;
-    return pass;
-}
-
-Shrink shrink_sizes(const LayerSizes& sizes) {
-    Shrink pass = {};
-    pass.M = sizes.M;
-    pass.K = sizes.K;
-    pass.rank = sizes.rank;
-    pass.dtype = sizes.dtype;
-    return pass;
-}
-
-std::size_t scaled_g_bytes(const LayerSizes& sizes) {
-    return sizes.weight == DType::i8 ? static_cast<std::size_t>(sizes.M) * sizes.N * 2 : 0;
-}
-
-LayerSizes sizes_of(const Tensor& g, const Tensor& x, const Adapter& adapter) {
-    return {size_of(g.sizes[0], "M"), size_of(g.sizes[1], "N"), size_of(x.sizes[1], "K"),
-            size_of(adapter.A->sizes[0], "r"), g.dtype, DType::i8};
-}
-
-void run_shrink(Shrink pass, Scratch scratch, const Context& context) {
-    pass.workspace = scratch.take(shrink_workspace(pass, context.launch));
-    check(shrink(pass, context.launch), "the S pass", context.device);
 }
 
 void run_product(const Gemm& product, const Context& context) {
@@ -248,13 +53,17 @@ void run_forward(const Gemm& product, bool by_skinny, Scratch scratch, const Con
     check(skinny(product, workspace, context.launch), "the product of few rows", context.device);
 }
 
+LayerSizes sizes_of(std::int64_t M, std::int64_t N, std::int64_t K, std::int64_t rank, DType dtype) {
+    return {size_of(M, "M"), size_of(N, "N"), size_of(K, "K"), size_of(rank, "r"), dtype, dtype};
+}
+
 // The scratch memory of one pass serves the next one too: a stream runs them one after the other.
-void run_gradients(const Tensor& g, const Tensor& x, const Weight& weight, const Adapter& adapter, const Tensor& S,
-                   float* dS, const Tensor& dA, const Tensor& dB, ScaledG scaled, const Scratch& scratch,
+void run_gradients(const Tensor& g, const Tensor& x, const Adapter& adapter, const Tensor& S, float* dS,
+                   const Tensor& dA, const Tensor& dB, const ScaledG& scaled, const Scratch& scratch,
                    const Context& context) {
-    const int rank = size_of(S.sizes[1], "r");
-    GradientPass to_dS = gradient_pass_of(g, weight, scaled);
-    to_dS.rank = rank;
+    const LayerSizes sizes = sizes_of(x.sizes[0], g.sizes[1], x.sizes[1], S.sizes[1], g.dtype);
+    GradientPass to_dS = gradient_pass_of(sizes);
+    set_g(to_dS, g, scaled);
     to_dS.B = matrix(*adapter.B);
     to_dS.S = static_cast<const float*>(S.data);
     to_dS.scaling = static_cast<float>(adapter.scaling);
@@ -264,17 +73,8 @@ void run_gradients(const Tensor& g, const Tensor& x, const Weight& weight, const
     to_dS.workspace = Scratch(scratch).take(gradient_pass_workspace(to_dS, context.launch));
     check(gradient_pass(to_dS, context.launch), "the g pass", context.device);
 
-    InputPass to_dA = {};
-    to_dA.M = size_of(x.sizes[0], "M");
-    to_dA.K = size_of(x.sizes[1], "K");
-    to_dA.rank = rank;
-    to_dA.dtype = x.dtype;
-    to_dA.x = x.data;
-    to_dA.x_stride = x.strides[0];
-    to_dA.dS = dS;
-    to_dA.dropout = adapter.dropout;
-    to_dA.dA = dA.data;
-    to_dA.dA_dtype = dA.dtype;
+    InputPass to_dA = input_pass_of(sizes);
+    set_x(to_dA, x, dS, adapter, dA);
     to_dA.workspace = Scratch(scratch).take(input_pass_workspace(to_dA, context.launch));
     check(input_pass(to_dA, context.launch), "the dA pass", context.device);
 }
@@ -290,15 +90,15 @@ void check_gradients(const Tensor& g, const Tensor& x, const Adapter& adapter, c
     check_activations(g, g.dtype, {"M", M}, {"N", N});
     check_matrix(*adapter.A, {"r", r}, {"K", K});
     check_matrix(*adapter.B, {"N", N}, {"r", r});
-    check_dense(S, {"M", M}, {"r", r});
-    check_gradient(dA, {"r", r}, {"K", K});
-    check_gradient(dB, {"N", N}, {"r", r});
+    check_dense_fp32(S, {"M", M}, {"r", r});
+    check_dense(dA, {"r", r}, {"K", K});
+    check_dense(dB, {"N", N}, {"r", r});
 }
 
 }  // namespace
 
 std::size_t forward_workspace(const LayerSizes& sizes, bool by_skinny, const Launch& launch) {
-    const std::size_t shrinking = sizes.rank ? shrink_workspace(shrink_sizes(sizes), launch) : 0;
+    const std::size_t shrinking = sizes.rank ? shrink_workspace(shrink_of(sizes), launch) : 0;
     if (!by_skinny || sizes.M > skinny_rows) return aligned(shrinking);
     Gemm product = {};
     product.M = sizes.M;
@@ -312,9 +112,10 @@ std::size_t forward_workspace(const LayerSizes& sizes, bool by_skinny, const Lau
 
 std::size_t backward_workspace(const LayerSizes& sizes, const Launch& launch) {
     const std::size_t dS = static_cast<std::size_t>(sizes.M) * sizes.rank * sizeof(float);
-    const std::size_t passes = std::max(gradient_pass_workspace(gradient_pass_sizes(sizes), launch),
-                                        input_pass_workspace(input_pass_sizes(sizes), launch));
-    return aligned(dS) + aligned(scaled_g_bytes(sizes)) + aligned(passes);
+    const std::size_t passes = std::max(gradient_pass_workspace(gradient_pass_of(sizes), launch),
+                                        input_pass_workspace(input_pass_of(sizes), launch));
+    const std::size_t scaled_g = sizes.weight == DType::i8 ? static_cast<std::size_t>(sizes.M) * sizes.N * 2 : 0;
+    return aligned(dS) + aligned(scaled_g) + aligned(passes);
 }
 
 void linear_forward(const Tensor& x, const Weight& weight, const Tensor& y, bool by_skinny, const Context& context) {
@@ -344,7 +145,8 @@ void linear_dx(const Tensor& g, const Weight& weight, const Tensor& dx, const Co
     void* scaled_g = nullptr;
     if (weight.scale && M * N > 0) {
         scaled_g = scratch.take(static_cast<std::size_t>(M * N) * 2);
-        GradientPass scaling = gradient_pass_of(g, weight, {scaled_g, g_factor});
+        GradientPass scaling = gradient_pass_of(sizes_of(M, N, K, 0, g.dtype));
+        set_g(scaling, g, {scaled_g, scale_of(weight), g_factor});
         check(gradient_pass(scaling, context.launch), "scaling g", context.device);
     }
     run_product(dx_product(g, weight, scaled_g, dx), context);
@@ -357,9 +159,12 @@ void lora_shrink(const Tensor& x, const Adapter& adapter, const Tensor& S, const
     const std::int64_t M = x.sizes[0], K = x.sizes[1], r = adapter.A->sizes[0];
     check_activations(x, x.dtype, {"M", M}, {"K", K});
     check_matrix(*adapter.A, {"r", r}, {"K", K});
-    check_dense(S, {"M", M}, {"r", r});
+    check_dense_fp32(S, {"M", M}, {"r", r});
     check_same_device({&x, adapter.A, &S, context.workspace});
-    run_shrink(shrink_pass(x, adapter, S), Scratch(context), context);
+    Shrink pass = shrink_of(sizes_of(M, 0, K, r, x.dtype));
+    set_x(pass, x, adapter, S);
+    pass.workspace = Scratch(context).take(shrink_workspace(pass, context.launch));
+    check(shrink(pass, context.launch), "the S pass", context.device);
 }
 
 void lora_forward(const Tensor& x, const Weight& weight, const Adapter& adapter, const Tensor& y, const Tensor& S,
@@ -386,7 +191,7 @@ void lora_expand(const Tensor& S, const Adapter& adapter, const Weight& weight, 
     check_two_dimensional(*adapter.B);
     check_16_bits(y);
     const std::int64_t M = S.sizes[0], r = S.sizes[1], N = adapter.B->sizes[0];
-    check_dense(S, {"M", M}, {"r", r});
+    check_dense_fp32(S, {"M", M}, {"r", r});
     check_matrix(*adapter.B, {"N", N}, {"r", r});
     check_per_output(weight, N);
     check_result(y, {"M", M}, {"N", N});
@@ -403,9 +208,9 @@ void lora_gradients(const Tensor& g, const Tensor& x, const Adapter& adapter, co
                     const Tensor& dA, const Tensor& dB, const Tensor* weight_scale, double factor,
                     const Tensor* scaled_g, const Context& context) {
     check_gradients(g, x, adapter, S, dA, dB);
-    check_dense(dS, {"M", S.sizes[0]}, {"r", S.sizes[1]});
+    check_dense_fp32(dS, {"M", S.sizes[0]}, {"r", S.sizes[1]});
     if (scaled_g) {
-        check_gradient(*scaled_g, {"M", g.sizes[0]}, {"N", g.sizes[1]});
+        check_dense(*scaled_g, {"M", g.sizes[0]}, {"N", g.sizes[1]});
         check_dtype(*scaled_g, g.dtype);
         if (!weight_scale) throw ValueError("scaled_g is given without weight_scale; wanted both or neither");
         check_shape(*weight_scale, {"N", g.sizes[1]});
@@ -413,8 +218,10 @@ void lora_gradients(const Tensor& g, const Tensor& x, const Adapter& adapter, co
         check_rows(*weight_scale);
     }
     check_same_device({&g, &x, adapter.A, adapter.B, &S, &dS, &dA, &dB, weight_scale, scaled_g, context.workspace});
-    run_gradients(g, x, {nullptr, weight_scale, nullptr}, adapter, S, static_cast<float*>(dS.data), dA, dB,
-                  {scaled_g ? scaled_g->data : nullptr, static_cast<float>(factor)}, Scratch(context), context);
+    ScaledG scaled = {};
+    if (scaled_g)
+        scaled = {scaled_g->data, static_cast<const float*>(weight_scale->data), static_cast<float>(factor)};
+    run_gradients(g, x, adapter, S, static_cast<float*>(dS.data), dA, dB, scaled, Scratch(context), context);
 }
 
 void lora_expand_dx(const Tensor& dS, const Adapter& adapter, const Tensor& dx, const Context& context) {
@@ -422,7 +229,7 @@ void lora_expand_dx(const Tensor& dS, const Adapter& adapter, const Tensor& dx, 
     check_two_dimensional(*adapter.A);
     check_16_bits(dx);
     const std::int64_t M = dS.sizes[0], r = dS.sizes[1], K = adapter.A->sizes[1];
-    check_dense(dS, {"M", M}, {"r", r});
+    check_dense_fp32(dS, {"M", M}, {"r", r});
     check_matrix(*adapter.A, {"r", r}, {"K", K});
     check_result(dx, {"M", M}, {"K", K});
     check_same_device({&dS, adapter.A, &dx});
@@ -446,8 +253,8 @@ void lora_backward(const Tensor& g, const Tensor& x, const Weight& weight, const
 
     Scratch scratch(context);
     float* dS = static_cast<float*>(scratch.take(static_cast<std::size_t>(M * r) * sizeof(float)));
-    void* scaled_g = dx && weight.scale ? scratch.take(scaled_g_bytes(sizes_of(g, x, adapter))) : nullptr;
-    run_gradients(g, x, weight, adapter, S, dS, dA, dB, {scaled_g, g_factor}, scratch, context);
+    void* scaled_g = dx && weight.scale ? scratch.take(static_cast<std::size_t>(M * N) * 2) : nullptr;
+    run_gradients(g, x, adapter, S, dS, dA, dB, {scaled_g, scale_of(weight), g_factor}, scratch, context);
     if (!dx) return;
     Gemm product = dx_product(g, weight, scaled_g, *dx);
     add_low_rank_dx(product, dS, adapter);

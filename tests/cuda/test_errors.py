@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import pytest
 import torch
 from places import GPU
@@ -108,8 +110,25 @@ def test_a_launch_that_fails_says_what_and_where(place, request):
         assert y.isfinite().all()
 
 
-@pytest.mark.skipif(not GPU, reason="two kinds of memory need a GPU: run the suite on a machine with one")
+def on_device(tensor, number):
+    """A DLPack capsule of a tensor that says it lies on another device of the same kind."""
+    capsule = torch.utils.dlpack.to_dlpack(tensor)
+    pointer = ctypes.pythonapi.PyCapsule_GetPointer
+    pointer.restype, pointer.argtypes = ctypes.c_void_p, (ctypes.py_object, ctypes.c_char_p)
+    # A DLTensor begins with the address of its data, its kind of device and the device's number.
+    ctypes.c_int32.from_address(pointer(capsule, b"dltensor") + 12).value = number
+    return capsule
+
+
 def test_tensors_on_two_devices(place):
+    layer = place.layer(20, 16, 24, 4)
+    S = torch.empty(20, 4, device=place.device)
+    with pytest.raises(ValueError, match="A is on cuda:1, but x is on cuda:0; wanted all on one device"):
+        cuda._core().lora_shrink(layer.x, on_device(layer.A, 1), S, 0.0, None, None, cuda._stream(layer.x))
+
+
+@pytest.mark.skipif(not GPU, reason="two kinds of memory need a GPU: run the suite on a machine with one")
+def test_tensors_on_the_cpu(place):
     layer = place.layer(20, 16, 24, 4)
     with pytest.raises(ValueError, match="A is on the CPU; wanted a CUDA device"):
         forward(place, layer, A=layer.A.cpu())
