@@ -34,5 +34,7 @@ def place(request):
     module = request.getfixturevalue("emulated")
     control.set_capability(module, int(request.param.removeprefix("sm_")))
     control.set_order(module, "random")  # threads run in no order that a kernel could lean on
+    control.set_multiprocessors(module, 4)
+    control.reset(module)
     with native.emulating_cuda(module):
         yield Place(torch.device("cpu"), request.param)
