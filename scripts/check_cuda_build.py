@@ -57,7 +57,12 @@ STUB = 48
 
 # Registers a thread, by a regular expression found in the kernel's name; the first that fits counts. 255 is what the
 # hardware has; a lower one holds a kernel to the number of blocks a multiprocessor that it was written for.
-CEILINGS: tuple[tuple[str, int], ...] = (("", 255),)
+CEILINGS: tuple[tuple[str, int], ...] = (
+    (r"gemm_kernel<.*Tile<64, 64,", 128),
+    (r"\binput_kernel", 128),
+    (r"quantize_kernel|add_partials|sum_slices", 48),
+    ("", 255),
+)
 
 # Never in any kernel: local memory is a spill that ptxas did not call one; sums by atomics have no fixed order; doubles
 # run at a thirty-second of the rate or worse.

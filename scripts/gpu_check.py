@@ -139,8 +139,9 @@ def build(context: Context) -> list[Command]:
 
 def tests(context: Context) -> list[Command]:
     """The kernels on the GPU, then the ops, which find them by their routes."""
-    static = ["--ignore", test_path("cuda/test_static.py"), "--ignore", test_path("ops/test_benchmark.py")]
-    return [which_pyadapt(), pytest_command(context, test_path("cuda"), test_path("ops"), *static)]
+    elsewhere = ("cuda/test_static.py", "cuda/test_build.py", "cuda/test_toolkit.py", "ops/test_benchmark.py")
+    ignored = [argument for name in elsewhere for argument in ("--ignore", test_path(name))]
+    return [which_pyadapt(), pytest_command(context, test_path("cuda"), test_path("ops"), *ignored)]
 
 
 def conformance(context: Context) -> list[Command]:

@@ -25,13 +25,13 @@ using python::OptionalRows;
 using python::rows;
 using python::tensor;
 
+// W is taken as it lies, with unit stride along either dimension, and never copied: it is large.
 struct LayerWeight {
-    Input values;  // as it lies: unit stride along either dimension
+    Tensor values;
     Optional scale, bias;
     LayerWeight(py::handle weight, py::handle weight_scale, py::handle layer_bias)
-        : values(weight, "weight", dlpack::import_tensor, true), scale(weight_scale, "weight_scale"),
-          bias(layer_bias, "bias") {}
-    Weight view() const { return {&values.value, scale.get(), bias.get()}; }
+        : values(tensor(weight, "weight")), scale(weight_scale, "weight_scale"), bias(layer_bias, "bias") {}
+    Weight view() const { return {&values, scale.get(), bias.get()}; }
 };
 
 // A dropout with its seed; keeps the seed's memory for the call.

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstring>
+#include <type_traits>
 
 #include "../core/dtype.hpp"
 #include "primitives.cuh"
@@ -53,6 +54,27 @@ __device__ __forceinline__ float2 unpack(std::uint32_t word) {
     memcpy(static_cast<void*>(&low), bits, 2);
     memcpy(static_cast<void*>(&high), bits + 1, 2);
     return {to_float(low), to_float(high)};
+}
+
+// Two of the four signed bytes in a word, as two numbers of T: exact, as T has a mantissa of 8 bits or more. The
+// selector is of __byte_perm: 4 stands for the exponent's byte.
+template <class T>
+__device__ __forceinline__ std::uint32_t widen(std::uint32_t bytes, unsigned selector) {
+    std::uint32_t word;
+    if constexpr (std::is_same_v<T, __half>) {
+        // 0x6400 | u is 1024 + u, and u = byte + 128.
+        const std::uint32_t biased = __byte_perm(bytes ^ 0x80808080u, 0x64646464u, selector);
+        const __half2 difference = __hsub2(reinterpret_cast<const __half2&>(biased), __float2half2_rn(1024 + 128));
+        memcpy(&word, &difference, 4);
+    } else {
+        // 0x4300 | low 7 bits is 128 + them, 0x4300 | top bit is 128 or 256: their difference is the byte.
+        const std::uint32_t raw = __byte_perm(bytes, 0x43434343u, selector);
+        const std::uint32_t value = raw & 0xff7fff7fu, sign = raw & 0xff80ff80u;
+        const __nv_bfloat162 difference =
+            __hsub2(reinterpret_cast<const __nv_bfloat162&>(value), reinterpret_cast<const __nv_bfloat162&>(sign));
+        memcpy(&word, &difference, 4);
+    }
+    return word;
 }
 
 }  // namespace pyadapt::cuda

@@ -23,7 +23,6 @@
 //                              second kernel adds them in their order
 //   low-rank term from shared  its operands, scale and bias are fetched while the first bytes of W are on their way
 //     memory
-#include "gemm_tile.cuh"
 #include "kernels.hpp"
 #include "stream.cuh"
 
@@ -31,7 +30,6 @@ namespace pyadapt::cuda {
 namespace skinny_parts {
 
 using namespace stream_parts;
-using gemm_parts::widen;
 
 constexpr int warps = 8, threads = 32 * warps;
 constexpr int row_tiles = 2, warp_rows = 16 * row_tiles;  // of W

@@ -56,6 +56,7 @@ class Case:
     out: torch.dtype  # of y, or of dx
     adapters: tuple[torch.dtype, ...]
     weight_rows: bool  # whether W has unit stride along K
+    weight_columns: bool  # along N
     M: int
     N: int
     K: int
@@ -72,12 +73,13 @@ class Case:
         )
 
     def cuda_fits(self) -> bool:
-        """Whether the CUDA kernels take this: one 16-bit dtype, which W has too or is int8."""
+        """Whether the CUDA kernels take this: one 16-bit dtype, which W has too or is int8, and W as it lies."""
         return (
             self.dtypes_fit()
             and self.x != torch.float32
             and self.out == self.x
             and self.weight in (self.x, torch.int8)
+            and (self.weight_rows or self.weight_columns)
             and (self.x != torch.bfloat16 or self.compute_capability() >= 80)
         )
 
@@ -139,12 +141,12 @@ RULES = (
     ),
     Rule(
         "library",
-        "a GPU without native kernels for this, 16-bit input: the library's GEMM in that dtype",
+        "a GPU without native kernels for this (dtypes, architecture, a W that torch must copy), 16-bit input",
         lambda case: case.device != "cpu" and not case.can("fused") and case.x != torch.float32 and case.can("library"),
     ),
     Rule(
         "reference",
-        "a GPU without native kernels for this: fp32 input, or dtypes that differ",
+        "a GPU without native kernels for this (dtypes, architecture, a W that torch must copy)",
         lambda case: case.device != "cpu" and not case.can("fused"),
     ),
     Rule(
@@ -203,6 +205,7 @@ def case_of(
         out=out,
         adapters=adapters,
         weight_rows=weight.stride(1) == 1,
+        weight_columns=weight.stride(0) == 1,
         M=x.shape[:-1].numel(),
         N=N,
         K=K,
@@ -302,7 +305,7 @@ def _choose(case: Case, forced: str | None) -> str:
 def predict(op: str, device: str, x: torch.dtype, weight: torch.dtype, M: int, N: int, K: int, r: int) -> Rule:
     """The rule that a call of these dtypes and sizes would fall under, fp32 adapters assumed; for reports and plans."""
     isa = native.isa() if device == "cpu" else native.cuda_isa() if device == "cuda" else None
-    case = Case(op, device, x, weight, x, (torch.float32,), True, M, N, K, r, isa, library_has_bf16())
+    case = Case(op, device, x, weight, x, (torch.float32,), True, False, M, N, K, r, isa, library_has_bf16())
     forced_route = _forced_route()
     if forced_route is not None and case.can(forced_route):
         return Rule(forced_route, "forced", lambda case: True)

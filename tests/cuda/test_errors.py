@@ -9,6 +9,7 @@ import torch
 from places import GPU
 
 from pyadapt import native
+from pyadapt.ops import routes
 from pyadapt.ops.kernels import cuda
 
 F32, BF16, F16, I8 = torch.float32, torch.bfloat16, torch.float16, torch.int8
@@ -42,6 +43,16 @@ def test_wrong_dtypes(place):
         forward(place, layer, out_dtype=F32)
     with pytest.raises(ValueError, match="weight is int8 but weight_scale is None"):
         forward(place, layer, weight=torch.zeros(24, 16, dtype=I8, device=place.device))
+
+
+def test_a_weight_is_never_copied(place):
+    """Without unit stride the kernels refuse it, and torch's GEMM serves."""
+    layer = place.layer(20, 16, 24, 4)
+    gaps = torch.empty(24, 32, dtype=place.dtype, device=place.device)[:, ::2]
+    with pytest.raises(ValueError, match=r"weight has strides \(32, 2\).*unit stride along one of the two dimensions"):
+        forward(place, layer, weight=gaps)
+    case = routes.case_of("forward", layer.x, gaps, 4, place.dtype, (F32, F32))
+    assert routes.choose(case) == "library"
 
 
 def test_wrong_shapes(place):
@@ -88,8 +99,6 @@ def test_bf16_on_sm_75_is_served_by_the_library(place):
     if place.isa != "sm_75":
         assert BF16 in place.dtypes
         return
-    from pyadapt.ops import routes
-
     x, weight = torch.zeros(100, 8, dtype=BF16), torch.zeros(6, 8, dtype=BF16)
     assert routes.choose(routes.case_of("forward", x, weight, 4, BF16, (F32, F32))) == "library"
     with pytest.raises(RuntimeError, match=r"failed on cuda:0: cudaErrorNotSupported"):

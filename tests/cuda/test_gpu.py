@@ -92,6 +92,7 @@ def test_the_other_device(place):
 def test_tuning_measures_once_and_remembers(place, monkeypatch, tmp_path):
     from pyadapt.ops import autotune
 
+    monkeypatch.setenv("PYADAPT_AUTOTUNE", "1")
     monkeypatch.setenv("PYADAPT_CACHE", str(tmp_path))
     autotune.measurements.cache_clear()
     try:
