@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import native
+
 
 def output_dtype(x: Tensor) -> torch.dtype:
     """The dtype of a linear layer's output for input `x`: autocast's where it is on, else that of `x`.
@@ -21,6 +23,16 @@ def output_dtype(x: Tensor) -> torch.dtype:
     if torch.is_autocast_enabled(device) and dtype != torch.float64:
         return torch.get_autocast_dtype(device)
     return dtype
+
+
+def product_input(x: Tensor) -> Tensor:
+    """`x` as a linear layer should get it: on a GPU in autocast's dtype where that is on and x is fp32, else x itself.
+
+    The kernels of a GPU take 16-bit activations, as autocast's own products do. Those of the CPU read fp32 as it is.
+    """
+    if x.dtype != torch.float32 or native.device_kind(x) != "cuda" or not torch.is_autocast_enabled(x.device.type):
+        return x
+    return x.to(torch.get_autocast_dtype(x.device.type))
 
 
 # What `adapter_dtype` of a configuration may say, beside None for the default.

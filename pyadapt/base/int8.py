@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..dtypes import output_dtype
+from ..dtypes import output_dtype, product_input
 from ..lookup import parameter
 from ..ops import quantize  # noqa: F401 - defines the ops quantize_rows and dequantize_rows
 from ..ops.linear import FrozenLinear
@@ -40,6 +40,7 @@ class Int8Layer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., K) -> (..., N) in the dtype of x, or autocast's."""
+        x = product_input(x)
         if self.live_bias is None:
             return FrozenLinear.apply(x, self, output_dtype(x))
         # A bias that is trained is added where autograd sees it.

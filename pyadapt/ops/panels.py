@@ -1,10 +1,10 @@
 """The ``library`` route: torch's own GEMM for the frozen products, the low-rank passes before and after it.
 
-An int8 W is widened a panel at a time into a buffer that the caches hold, cut so that each panel gives finished columns
-of the product: nothing is summed in 16 bits, and no 16-bit copy of W ever exists. In bf16 the panel holds the integers,
-which are exact, and the row scale multiplies y after the product and g before it. In fp16 such a product could
-overflow: there a forward panel holds W itself, and in dx g carries 128 times the scale (about the largest weight of the
-row), the panel the 128th of the integers.
+An int8 W, or one of another dtype than x, is converted a panel at a time into a buffer that the caches hold, cut so that
+each panel gives finished columns of the product: nothing is summed in 16 bits, and no 16-bit copy of W ever exists. In
+bf16 the panel of an int8 W holds the integers, which are exact, and the row scale multiplies y after the product and g
+before it. In fp16 such a product could overflow: there a forward panel holds W itself, and in dx g carries 128 times
+the scale (about the largest weight of the row), the panel the 128th of the integers.
 """
 
 from __future__ import annotations
@@ -20,10 +20,12 @@ from .routes import native_serves
 _PANEL_ELEMENTS, _PANEL_ELEMENTS_CUDA = 1 << 20, 1 << 23
 
 
-def _widen(q: Tensor, scale: Tensor | None, dtype: torch.dtype, factor: float = 1.0) -> Tensor:
-    """q scale factor in ``dtype``, laid out as q is; a scale goes with rows."""
+def _panel(q: Tensor, scale: Tensor | None, dtype: torch.dtype, factor: float = 1.0) -> Tensor:
+    """q scale factor in ``dtype``, laid out as q is; a scale goes with rows. A floating W has neither."""
+    if q.dtype != torch.int8:
+        return q.to(dtype)
     if q.stride(1) != 1 and scale is None:
-        return _widen(q.t(), None, dtype, factor).t()
+        return _panel(q.t(), None, dtype, factor).t()
     if native_serves(q, dtype) and q.stride(1) == 1:
         return kernels.of(q).dequantize_rows(q, scale, dtype, factor)
     if scale is None:
@@ -42,14 +44,14 @@ def _dx_factor(dtype: torch.dtype) -> float:
 
 def times_weight_t(x: Tensor, weight: Tensor, weight_scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """x W' in x's dtype, and the scale (N,) that its columns still lack, if they do."""
-    if weight_scale is None:
+    if weight.dtype == x.dtype:
         return torch.mm(x, weight.t()), None
     in_panel = weight_scale if x.dtype == torch.float16 else None
     N, K = weight.shape
     y = x.new_empty((x.shape[0], N))
     for n in range(0, N, width := _panel_width(x, K)):
         columns = slice(n, n + width)
-        panel = _widen(weight[columns], None if in_panel is None else in_panel[columns], x.dtype)
+        panel = _panel(weight[columns], None if in_panel is None else in_panel[columns], x.dtype)
         torch.mm(x, panel.t(), out=y[:, columns])
     return y, weight_scale if in_panel is None else None
 
@@ -61,12 +63,12 @@ def scaled_for_dx(g: Tensor, weight_scale: Tensor | None) -> Tensor:
 
 def times_weight(left: Tensor, weight: Tensor) -> Tensor:
     """g W in g's dtype for left = ``scaled_for_dx(g)``."""
-    if weight.dtype != torch.int8:
+    if weight.dtype == left.dtype:
         return torch.mm(left, weight)
     N, K = weight.shape
     dx = left.new_empty((left.shape[0], K))
     for k in range(0, K, width := _panel_width(left, N)):
-        panel = _widen(weight[:, k : k + width], None, left.dtype, 1.0 / _dx_factor(left.dtype))
+        panel = _panel(weight[:, k : k + width], None, left.dtype, 1.0 / _dx_factor(left.dtype))
         torch.mm(left, panel, out=dx[:, k : k + width])
     return dx
 

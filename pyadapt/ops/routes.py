@@ -96,7 +96,9 @@ class Case:
         if route == "reference":
             return True
         if route == "library":
-            return self.dtypes_fit() and self.weight in (self.x, torch.int8)
+            # A GPU's GEMM in 16 bits is worth casting W for, as autocast does; a CPU's engine widens what it reads.
+            cast = self.device != "cpu" and self.x != torch.float32
+            return self.dtypes_fit() and (cast or self.weight in (self.x, torch.int8))
         if self.isa is None:
             return False
         return self.dtypes_fit() if self.device == "cpu" else self.device == "cuda" and self.cuda_fits()

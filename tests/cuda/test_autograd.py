@@ -9,6 +9,7 @@ import torch
 from models import build, model_batch
 from ops.oracle import Owner
 from tolerance import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import pyadapt
 from pyadapt import LoraConfig
@@ -74,6 +75,31 @@ def test_a_wrapped_model_as_the_reference_has_it(place, int8):
     with routes.forced("reference"):
         expected = step(place, twin)
     assert_same_step(place, found, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, None], ids=["fp32 model", "16-bit model"])
+def test_under_autocast_activations_become_16_bits(place, dtype):
+    """A norm gives fp32 under autocast; the layer casts it as torch's own would, and the kernels serve."""
+    layer = torch.nn.Linear(48, 40).to(place.device, dtype or place.dtype)
+    model = pyadapt.wrap(torch.nn.Sequential(layer), LoraConfig(r=4, target_modules=["0"], init_lora_weights=False))
+    x = torch.randn(70, 48, device=place.device, requires_grad=True)
+    seen = []
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            if op.namespace == "pyadapt":
+                seen.append(args[0].dtype)
+            return op(*args, **(kwargs or {}))
+
+    with torch.autocast(place.device.type, place.dtype), Seen():
+        y = model(x)
+        y.float().sum().backward()
+    assert y.dtype == place.dtype
+    assert seen == [place.dtype, place.dtype]
+    assert x.grad.dtype == torch.float32
+    unit = model[0].adapters["default"]
+    W = layer.weight.detach().double() + unit.scaling * unit.lora_B.detach().double() @ unit.lora_A.detach().double()
+    assert_close(y, x.detach().double() @ W.t() + layer.bias.detach().double(), "product", torch.bfloat16, "y")
 
 
 @pytest.mark.slow

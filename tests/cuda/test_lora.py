@@ -206,6 +206,15 @@ def test_library_route(place, int8, p):
             check(transposed)
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+def test_an_fp32_weight_under_16_bit_activations(place, transposed):
+    """As autocast has it: torch's GEMM on W cast by panels, the low-rank passes native."""
+    layer = place.layer(66, 70, 45, 5, weight_dtype=F32, transposed=transposed).with_dropout(0.3)
+    case = routes.case_of("forward", layer.x, layer.weight, 5, place.dtype, (F32, F32))
+    assert routes.choose(case) == "library"
+    check(layer)
+
+
 def test_library_route_in_panels(place, monkeypatch):
     for name in ("_PANEL_ELEMENTS", "_PANEL_ELEMENTS_CUDA"):
         monkeypatch.setattr(f"pyadapt.ops.panels.{name}", 64 * 150)

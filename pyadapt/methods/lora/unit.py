@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...base import BaseWeight
-from ...dtypes import output_dtype
+from ...dtypes import output_dtype, product_input
 from ...layer import AdaptedLayer
 from ...lookup import parameter
 from ...method import AdapterUnit
@@ -200,6 +200,7 @@ class LinearUnit(LoraUnit):
         units: Any = rows.units
         if not all(type(unit) is LinearUnit and unit.is_no_more_than_factors() for unit in units):
             return AdapterUnit.run_by_row(rows, owner, x, *args, **kwargs)
+        x = product_input(x)
         dropouts = [unit.dropout if unit.training else 0.0 for unit in units]
         seed = draw_seed(x) if any(dropouts) else None
         matrices = [unit.lora_A for unit in units] + [unit.lora_B for unit in units]
@@ -215,6 +216,7 @@ class LinearUnit(LoraUnit):
         has_more = own.get("lora_bias", A) is not None or self._buffers["start_A"] is not None
         if A is None or has_more or y is not None or owner.live_bias is not None:
             return self._forward_with_all(x, owner, y, with_bias)
+        x = product_input(x)
         p = self.dropout if self.training else 0.0
         seed = draw_seed(x) if p > 0 else None
         return LoraLinear.apply(x, A, own["lora_B"], owner, self.scaling, p, seed, output_dtype(x), with_bias)
@@ -232,6 +234,7 @@ class LinearUnit(LoraUnit):
         if self.lora_bias is not None:
             beside.append(self.scaling * self.lora_bias)
         if y is None:
+            x = product_input(x)
             seed = draw_seed(x) if p > 0 else None
             # A bias that is trained is added where autograd sees it.
             trained = owner.live_bias is not None
