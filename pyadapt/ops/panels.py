@@ -1,7 +1,7 @@
 """The ``library`` route: torch's own GEMM for the frozen products, the low-rank passes before and after it.
 
-An int8 W, or one of another dtype than x, is converted a panel at a time into a buffer that the caches hold, cut so that
-each panel gives finished columns of the product: nothing is summed in 16 bits, and no 16-bit copy of W ever exists. In
+An int8 W, or one of another dtype than x, is converted a panel at a time into a buffer that the caches hold, cut so
+that each panel gives finished columns of the product: nothing is summed in 16 bits, no 16-bit copy of W ever exists. In
 bf16 the panel of an int8 W holds the integers, which are exact, and the row scale multiplies y after the product and g
 before it. In fp16 such a product could overflow: there a forward panel holds W itself, and in dx g carries 128 times
 the scale (about the largest weight of the row), the panel the 128th of the integers.
