@@ -147,7 +147,7 @@ def test_a_shared_cudart_is_found(tools, tmp_path):
         pytest.skip("waits for a toolkit with a shared cudart")
     command = [found.nvcc, *objects.code_options((90,), None), "-shared", "-Xcompiler", "-fPIC", source, "-o", library]
     command += found.link_options
-    objects._run([*command, "--cudart=none", shared[0]])
+    objects._run([*command, "--cudart=none", "-Xlinker", shared[0]])
     assert any("libcudart" in problem for problem in check.extension_problems(library, (90,), None))
     objects._run(command)
     assert check.extension_problems(library, (90,), None) == []
