@@ -172,11 +172,11 @@ def _cuda_isa(device: int) -> str | None:
 
 
 def architectures_serve(architectures: str, capability: int) -> bool:
-    """Whether a build for these (CMake's names, by semicolons) runs on a device: its own code, or PTX to compile.
+    """Whether a build for these (CMake's names, by commas) runs on a device: its own code, or PTX to compile.
 
     Code of sm_80 runs on every sm_8x from there on; PTX of compute_80 on everything from there on.
     """
-    for name in architectures.split(";"):
+    for name in architectures.split(","):
         number, _, kind = name.partition("-")
         built = int(number.rstrip("af"))
         own = kind != "virtual" and built // 10 == capability // 10 and built <= capability
@@ -209,7 +209,7 @@ def _describe_cuda() -> dict[str, Any]:
     return {
         "cuda": "in use",
         "cuda_file": module.__file__,
-        "cuda_architectures": module.architectures.split(";"),
+        "cuda_architectures": module.architectures.split(","),
         "cuda_runtime": module.runtime,
         "cuda_devices": [cuda_isa(device) or "not served" for device in range(module.device_count())],
     }

@@ -184,7 +184,7 @@ PYBIND11_MODULE(_cuda, m) {
     py::register_exception<DeviceError>(m, "DeviceError", PyExc_RuntimeError);
 
     m.attr("version") = PYADAPT_VERSION;
-    m.attr("architectures") = PYADAPT_CUDA_ARCHITECTURES;  // "80-real;...;120-virtual"
+    m.attr("architectures") = PYADAPT_CUDA_ARCHITECTURES;  // "80-real,...,120"
     m.attr("runtime") = CUDART_VERSION;
     m.attr("skinny_rows") = skinny_rows;
     m.def("device_count", &device_count);

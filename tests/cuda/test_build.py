@@ -1,4 +1,4 @@
-"""The CUDA extension as cmake builds it for users; one architecture, since test_static.py looks at all."""
+"""The CUDA extension as cmake builds it for users; two architectures, since test_static.py looks at all."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from source_tree import ROOT, script
 
 check, objects, toolkit = script("check_cuda_build"), script("cuda_objects"), script("cuda_toolkit")
-ARCHITECTURE = 80
+ARCHITECTURES = (80, 90)
 FOLDER = ROOT / "build" / "cuda-extension"
 
 pytestmark = pytest.mark.slow
@@ -37,7 +37,7 @@ def extension() -> Path:
         *("-S", ROOT, "-B", FOLDER, "-G", "Ninja"),
         *arguments,
         "-DPYADAPT_CUDA=on",
-        f"-DPYADAPT_CUDA_ARCHITECTURES={ARCHITECTURE}-real",
+        f"-DPYADAPT_CUDA_ARCHITECTURES={';'.join(f'{a}-real' for a in ARCHITECTURES)}",
         "-DPYADAPT_WERROR=ON",
         f"-DPython_EXECUTABLE={sys.executable}",
         f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
@@ -48,13 +48,13 @@ def extension() -> Path:
 
 
 def test_it_needs_no_cuda_library_and_holds_what_was_asked_for(extension):
-    assert check.extension_problems(extension, (ARCHITECTURE,), None) == []
+    assert check.extension_problems(extension, ARCHITECTURES, None) == []
 
 
 WITHOUT_A_DRIVER = """
 import importlib.machinery, sys, torch
 _cuda = importlib.machinery.ExtensionFileLoader("_cuda", sys.argv[1]).load_module()
-assert _cuda.architectures == "80-real", _cuda.architectures
+assert _cuda.architectures == "80-real,90-real", _cuda.architectures
 x = torch.zeros(4, 8, dtype=torch.float16)
 try:
     _cuda.linear_forward(x, x, None, None, x, False, None, 0)

@@ -154,11 +154,11 @@ def test_the_real_module_refuses_cpu_tensors_by_name(place):
 @pytest.mark.parametrize(
     ("architectures", "capability", "serves"),
     [
-        ("75-real;80-real;90-real;120", 75, True),
-        ("75-real;80-real;90-real;120", 86, True),
-        ("80-real;90-real;120", 75, False),
-        ("80-real;90-real;120", 100, False),
-        ("80-real;90-real;120", 121, True),
+        ("75-real,80-real,90-real,120", 75, True),
+        ("75-real,80-real,90-real,120", 86, True),
+        ("80-real,90-real,120", 75, False),
+        ("80-real,90-real,120", 100, False),
+        ("80-real,90-real,120", 121, True),
         ("80-virtual", 100, True),
         ("80", 100, True),
         ("90a-real", 90, True),

@@ -86,7 +86,7 @@ def extension() -> Recipe:
         definitions={
             "PYADAPT_EMULATED_DEVICE": "1",
             "PYADAPT_VERSION": '"emulated"',
-            "PYADAPT_CUDA_ARCHITECTURES": json.dumps(";".join(f"{a}-virtual" for a in ARCHITECTURES)),
+            "PYADAPT_CUDA_ARCHITECTURES": json.dumps(",".join(f"{a}-virtual" for a in ARCHITECTURES)),
         },
     )
 
