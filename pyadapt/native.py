@@ -141,7 +141,9 @@ def _load_cuda() -> ModuleType | None:
 
 def device_kind(tensor: Tensor) -> str:
     """Whose kernels work on a tensor: its device type, or "cuda" for every CPU tensor while CUDA is emulated."""
-    return "cuda" if _emulated is not None and tensor.is_cpu else tensor.device.type
+    if tensor.is_cpu:
+        return "cpu" if _emulated is None else "cuda"
+    return tensor.device.type
 
 
 def cuda_isa(device: int = 0) -> str | None:

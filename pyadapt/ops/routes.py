@@ -267,7 +267,7 @@ def native_pair(
     """
     # N and r are in B's shape, K in x's.
     shape, dtypes = (weight.shape, ()) if A is None or B is None else (B.shape, (A.dtype, B.dtype))
-    key = (x.shape, x.dtype, x.device, shape, dtypes, weight.stride(), weight.dtype, out_dtype, isa_of(x))
+    key = (x.shape, x.dtype, x.get_device(), shape, dtypes, weight.stride(), weight.dtype, out_dtype, isa_of(x))
     try:
         return _pairs[key]
     except KeyError:
