@@ -18,8 +18,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 
 def pytest_configure(config):
-    """Without the native extension the plain-torch reference serves, and says so once; results are the same."""
-    config.addinivalue_line("filterwarnings", "ignore:pyadapt's native kernels:RuntimeWarning")
+    """Without a native extension plain torch serves, and says so once; results are the same."""
+    config.addinivalue_line("filterwarnings", "ignore:pyadapt's (native|CUDA) kernels:RuntimeWarning")
 
 
 @pytest.fixture(autouse=True)

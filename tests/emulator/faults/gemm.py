@@ -47,8 +47,8 @@ FAULTS = [
         "row",
     ),
     # Fragments.
-    Fault("int8 to fp16: the bias is one off", "gemm_tile.cuh", "1024 + 128", "1024 + 127"),
-    Fault("int8 to bf16: the sign is lost", "gemm_tile.cuh", "raw & 0xff80ff80u", "raw & 0xff00ff00u"),
+    Fault("int8 to fp16: the bias is one off", "element.cuh", "1024 + 128", "1024 + 127"),
+    Fault("int8 to bf16: the sign is lost", "element.cuh", "raw & 0xff80ff80u", "raw & 0xff00ff00u"),
     Fault("int8 along the columns: odd columns are even ones", "gemm_tile.cuh", "0x4341", "0x4240"),
     Fault(
         "the exchange between neighbours goes the wrong way", "gemm_tile.cuh", "odd ? x[e] : y[e]", "odd ? y[e] : x[e]"
