@@ -6,7 +6,7 @@ import pytest
 from emulator import source_route
 
 STEMS = source_route.stems()
-COMBINATIONS = [("plain", 750), ("plain", 800), ("address", 750), ("address", 800), ("thread", 800)]
+COMBINATIONS = [(flavour, architecture) for flavour in ("plain", "address", "thread") for architecture in (750, 800)]
 
 
 @pytest.mark.slow
