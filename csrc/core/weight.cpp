@@ -31,4 +31,24 @@ void check_per_output(const Weight& weight, std::int64_t N) {
     }
 }
 
+void check_quantizing(const Tensor& w, const Tensor& q, const Tensor& scale) {
+    const std::int64_t N = w.sizes[0], K = w.sizes[1];
+    check_matrix(w, {"N", N}, {"K", K});
+    check_shape(q, {"N", N}, {"K", K});
+    check_dtype(q, DType::i8);
+    check_output(q);
+    check_shape(scale, {"N", N});
+    check_dtype(scale, DType::f32);
+    check_output(scale);
+}
+
+void check_dequantizing(const Tensor& q, const Tensor* scale, const Tensor& out) {
+    const std::int64_t N = q.sizes[0], K = q.sizes[1];
+    check_shape(q, {"N", N}, {"K", K});
+    check_dtype(q, DType::i8);
+    check_rows(q);
+    check_per_output({&q, scale, nullptr}, N);
+    check_result(out, {"N", N}, {"K", K});
+}
+
 }  // namespace pyadapt

@@ -16,4 +16,8 @@ void check_weight(const Weight& weight, std::int64_t N, std::int64_t K);
 // scale and bias (N,), where there are any.
 void check_per_output(const Weight& weight, std::int64_t N);
 
+// Making a weight int8 and back: w, q and out (N, K), scale (N,); of dequantising it may be null.
+void check_quantizing(const Tensor& w, const Tensor& q, const Tensor& scale);
+void check_dequantizing(const Tensor& q, const Tensor* scale, const Tensor& out);
+
 }  // namespace pyadapt

@@ -186,7 +186,6 @@ PYBIND11_MODULE(_cuda, m) {
     m.attr("version") = PYADAPT_VERSION;
     m.attr("architectures") = PYADAPT_CUDA_ARCHITECTURES;  // "80-real,...,120"
     m.attr("runtime") = CUDART_VERSION;
-    m.attr("skinny_rows") = skinny_rows;
     m.def("device_count", &device_count);
     m.def("capability", &capability);
 

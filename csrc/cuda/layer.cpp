@@ -73,7 +73,7 @@ void run_gradients(const Tensor& g, const Tensor& x, const Adapter& adapter, con
     to_dS.workspace = Scratch(scratch).take(gradient_pass_workspace(to_dS, context.launch));
     check(gradient_pass(to_dS, context.launch), "the g pass", context.device);
 
-    InputPass to_dA = input_pass_of(sizes);
+    InputPass to_dA = pass_over_x<InputPass>(sizes);
     set_x(to_dA, x, dS, adapter, dA);
     to_dA.workspace = Scratch(scratch).take(input_pass_workspace(to_dA, context.launch));
     check(input_pass(to_dA, context.launch), "the dA pass", context.device);
@@ -98,7 +98,7 @@ void check_gradients(const Tensor& g, const Tensor& x, const Adapter& adapter, c
 }  // namespace
 
 std::size_t forward_workspace(const LayerSizes& sizes, bool by_skinny, const Launch& launch) {
-    const std::size_t shrinking = sizes.rank ? shrink_workspace(shrink_of(sizes), launch) : 0;
+    const std::size_t shrinking = sizes.rank ? shrink_workspace(pass_over_x<Shrink>(sizes), launch) : 0;
     if (!by_skinny || sizes.M > skinny_rows) return aligned(shrinking);
     Gemm product = {};
     product.M = sizes.M;
@@ -113,7 +113,7 @@ std::size_t forward_workspace(const LayerSizes& sizes, bool by_skinny, const Lau
 std::size_t backward_workspace(const LayerSizes& sizes, const Launch& launch) {
     const std::size_t dS = static_cast<std::size_t>(sizes.M) * sizes.rank * sizeof(float);
     const std::size_t passes = std::max(gradient_pass_workspace(gradient_pass_of(sizes), launch),
-                                        input_pass_workspace(input_pass_of(sizes), launch));
+                                        input_pass_workspace(pass_over_x<InputPass>(sizes), launch));
     const std::size_t scaled_g = sizes.weight == DType::i8 ? static_cast<std::size_t>(sizes.M) * sizes.N * 2 : 0;
     return aligned(dS) + aligned(scaled_g) + aligned(passes);
 }
@@ -161,7 +161,7 @@ void lora_shrink(const Tensor& x, const Adapter& adapter, const Tensor& S, const
     check_matrix(*adapter.A, {"r", r}, {"K", K});
     check_dense_fp32(S, {"M", M}, {"r", r});
     check_same_device({&x, adapter.A, &S, context.workspace});
-    Shrink pass = shrink_of(sizes_of(M, 0, K, r, x.dtype));
+    Shrink pass = pass_over_x<Shrink>(sizes_of(M, 0, K, r, x.dtype));
     set_x(pass, x, adapter, S);
     pass.workspace = Scratch(context).take(shrink_workspace(pass, context.launch));
     check(shrink(pass, context.launch), "the S pass", context.device);
@@ -213,9 +213,7 @@ void lora_gradients(const Tensor& g, const Tensor& x, const Adapter& adapter, co
         check_dense(*scaled_g, {"M", g.sizes[0]}, {"N", g.sizes[1]});
         check_dtype(*scaled_g, g.dtype);
         if (!weight_scale) throw ValueError("scaled_g is given without weight_scale; wanted both or neither");
-        check_shape(*weight_scale, {"N", g.sizes[1]});
-        check_dtype(*weight_scale, DType::f32);
-        check_rows(*weight_scale);
+        check_per_output({nullptr, weight_scale, nullptr}, g.sizes[1]);
     }
     check_same_device({&g, &x, adapter.A, adapter.B, &S, &dS, &dA, &dB, weight_scale, scaled_g, context.workspace});
     ScaledG scaled = {};
@@ -262,34 +260,17 @@ void lora_backward(const Tensor& g, const Tensor& x, const Weight& weight, const
 }
 
 void quantize_rows(const Tensor& w, const Tensor& q, const Tensor& scale, const Context& context) {
-    check_two_dimensional(w);
-    const std::int64_t rows = w.sizes[0], columns = w.sizes[1];
-    check_matrix(w, {"N", rows}, {"K", columns});
-    check_shape(q, {"N", rows}, {"K", columns});
-    check_dtype(q, DType::i8);
-    check_output(q);
-    check_shape(scale, {"N", rows});
-    check_dtype(scale, DType::f32);
-    check_rows(scale);
+    check_quantizing(w, q, scale);
     check_same_device({&w, &q, &scale});
-    const Quantize pass = {size_of(rows, "N"), size_of(columns, "K"), w.data, w.dtype, w.strides[0],
+    const Quantize pass = {size_of(w.sizes[0], "N"), size_of(w.sizes[1], "K"), w.data, w.dtype, w.strides[0],
                            static_cast<std::int8_t*>(q.data), q.strides[0], static_cast<float*>(scale.data)};
     check(quantize(pass, context.launch), "quantising", context.device);
 }
 
 void dequantize_rows(const Tensor& q, const Tensor* scale, double factor, const Tensor& out, const Context& context) {
-    check_two_dimensional(q);
-    const std::int64_t rows = q.sizes[0], columns = q.sizes[1];
-    check_dtype(q, DType::i8);
-    check_rows(q);
-    if (scale) {
-        check_shape(*scale, {"N", rows});
-        check_dtype(*scale, DType::f32);
-        check_rows(*scale);
-    }
-    check_result(out, {"N", rows}, {"K", columns});
+    check_dequantizing(q, scale, out);
     check_same_device({&q, scale, &out});
-    const Dequantize pass = {size_of(rows, "N"), size_of(columns, "K"), static_cast<const std::int8_t*>(q.data),
+    const Dequantize pass = {size_of(q.sizes[0], "N"), size_of(q.sizes[1], "K"), static_cast<const std::int8_t*>(q.data),
                              q.strides[0], scale ? static_cast<const float*>(scale->data) : nullptr,
                              static_cast<float>(factor), out.data, out.dtype, out.strides[0]};
     check(dequantize(pass, context.launch), "dequantising", context.device);

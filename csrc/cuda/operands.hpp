@@ -125,8 +125,10 @@ inline Gemm dx_product(const Tensor& g, const Weight& weight, const void* scaled
 
 // --- the low-rank passes: sizes, which their scratch memory depends on, and then operands ---
 
-inline Shrink shrink_of(const LayerSizes& sizes) {
-    Shrink pass = {};
+// Shrink or InputPass.
+template <class Pass>
+Pass pass_over_x(const LayerSizes& sizes) {
+    Pass pass = {};
     pass.M = sizes.M;
     pass.K = sizes.K;
     pass.rank = sizes.rank;
@@ -138,15 +140,6 @@ inline GradientPass gradient_pass_of(const LayerSizes& sizes) {
     GradientPass pass = {};
     pass.M = sizes.M;
     pass.N = sizes.N;
-    pass.rank = sizes.rank;
-    pass.dtype = sizes.dtype;
-    return pass;
-}
-
-inline InputPass input_pass_of(const LayerSizes& sizes) {
-    InputPass pass = {};
-    pass.M = sizes.M;
-    pass.K = sizes.K;
     pass.rank = sizes.rank;
     pass.dtype = sizes.dtype;
     return pass;

@@ -41,15 +41,6 @@ DAYS_KEPT = 3
 sys.path[:0] = [p for p in (str(ROOT / "tests"), str(ROOT / "scripts")) if p not in sys.path]
 
 import cuda_toolkit  # noqa: E402
-from emulator.control import (  # noqa: E402, F401 - all that a test needs is here
-    fail_next_launch,
-    last_failure,
-    launches,
-    reset,
-    set_capability,
-    set_multiprocessors,
-    set_order,
-)
 from emulator.ptx import translate  # noqa: E402
 
 CXX_FLAGS = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-gnu-unique"]
@@ -84,7 +75,6 @@ def extension() -> Recipe:
         sources=sorted([*csrc.glob("cuda/*.cpp"), *csrc.glob("core/*.cpp"), *csrc.glob("python/*.cpp")]),
         includes=[Path(pybind11.get_include()), Path(sysconfig.get_paths()["include"])],
         definitions={
-            "PYADAPT_EMULATED_DEVICE": "1",
             "PYADAPT_VERSION": '"emulated"',
             "PYADAPT_CUDA_ARCHITECTURES": json.dumps(",".join(f"{a}-virtual" for a in ARCHITECTURES)),
         },
