@@ -126,6 +126,21 @@ def rename(model: nn.Module, old: str, new: str) -> None:
     rename_biases(model, old, new)
 
 
+def check_together(model: nn.Module, names: Sequence[str]) -> None:
+    """Refuse adapters that cannot be at work together on a layer that they share.
+
+    Raises:
+        ValueError: so it is; the layer is named.
+    """
+    for path, layer in adapted_layers(model):
+        units = {name: unit for name in names if (unit := layer.unit(name)) is not None}
+        for kind in {type(unit) for unit in units.values()}:
+            try:
+                kind.check_together(units)
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}, so they cannot be at work together") from None
+
+
 def choose_live(model: nn.Module, names: Sequence[str], *, merged: bool) -> None:
     """Let the named adapters, in order, take part in forward.
 

@@ -30,8 +30,7 @@ from .files import (
     write_text,
 )
 from .layer import AdaptedLayer, SavedModule, adapted_layers, saved_modules
-from .methods.lora.conversion import plain_lora
-from .methods.lora.fused import fuse_experts
+from .method import METHODS
 from .placement import is_offloaded
 from .planning import LayerPlan, Plan, make_plan
 from .vocabulary import fill_weight, stored_weights, weight_places, without_repetitions
@@ -123,11 +122,11 @@ def save_adapter(
 
     Raises:
         AdapterFileError: a tensor has no values here (it is on the meta device, or another process holds it).
-        ValueError: `as_plain_lora` of an adapter that cannot be one; see `plain_lora`.
+        ValueError: `as_plain_lora` of an adapter that cannot be one; see `LayerMethod.as_plain_lora`.
     """
     tensors = adapter_state_dict(model, name, state_dict)
     if as_plain_lora:
-        config, tensors = plain_lora(model, name, config, tensors, KEY_PREFIX)
+        config, tensors = METHODS[config.peft_type].as_plain_lora(model, name, config, tensors, KEY_PREFIX)
         tensors.update(_mirrors(model, name, tensors))
     for key, tensor in tensors.items():
         if tensor.is_meta or tensor.numel() == 0:
@@ -162,7 +161,7 @@ def read_adapter(
     config = AdapterConfig.from_pretrained(folder).replaced(adapter_dtype=adapter_dtype)
     tensors = read_tensors(adapter_weights_path(folder))
     try:
-        config, tensors = fuse_experts(model, config, tensors, KEY_PREFIX)
+        config, tensors = METHODS[config.peft_type].read(model, config, tensors, KEY_PREFIX)
         plan = make_plan(model, config, trained=False)
     except ValueError as error:
         raise AdapterFileError(f"the adapter in {folder} does not fit this {type(model).__name__}: {error}") from error

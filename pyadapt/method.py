@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import AdapterConfig
+from .low_rank import LowRank, linear_by_row
 
 if TYPE_CHECKING:
     from .base import BaseWeight
@@ -160,7 +161,26 @@ class AdapterUnit(nn.Module, abc.ABC):
                 return owner.frozen(part, *args, **kwargs)
             return rows.units[i].run((rows.units[i],), owner, part, *args, **kwargs)
 
-        return rows.split(answer, x)
+        every = [unit.low_rank() for unit in rows.units] if owner.base.form == "linear" else []
+        terms = [term for term in every if term is not None]
+        if not terms or len(terms) < len(rows.units):
+            return rows.split(answer, x)
+        return linear_by_row(rows, terms, owner, x)
+
+    def low_rank(self) -> LowRank | None:
+        """The low-rank term that this adapter is on a linear layer just now, if it is no more than that."""
+        return None
+
+    @classmethod
+    def check_together(cls, units: Mapping[str, AdapterUnit]) -> None:
+        """Refuse adapters of which no sum, or none of this class with the others, is defined on one layer.
+
+        Args:
+            units: adapter name -> its unit on the layer; one of them is of this class.
+
+        Raises:
+            ValueError: they cannot be at work together.
+        """
 
     def by_file_key(self) -> dict[str, nn.Parameter]:
         """The parameters by what follows the layer's path in a PEFT file."""
@@ -244,6 +264,34 @@ class LayerMethod(abc.ABC):
         """
         refuse_data(data)
         return Preparation(plan)
+
+    @classmethod
+    def read(
+        cls, model: nn.Module, config: Any, tensors: dict[str, Tensor], prefix: str
+    ) -> tuple[Any, dict[str, Tensor]]:
+        """The configuration and tensors of a file as they are written today, for `model`.
+
+        Args:
+            model: what the file is read for.
+            config: the file's configuration.
+            tensors: the file's tensors by key.
+            prefix: what stands before a layer's path in the keys.
+
+        Raises:
+            ValueError: the file means something that this method does not have.
+        """
+        return config, tensors
+
+    @classmethod
+    def as_plain_lora(
+        cls, model: nn.Module, name: str, config: Any, tensors: Mapping[str, Tensor], prefix: str
+    ) -> tuple[Any, dict[str, Tensor]]:
+        """The configuration and the file's tensors of an adapter as those of a plain LoRA on the original weights.
+
+        Raises:
+            ValueError: the adapter cannot be one.
+        """
+        raise ValueError(f"adapter {name!r} is of type {cls.peft_type}; only LoRA can be saved as plain LoRA")
 
     # A method for whose adapters a weighted sum is defined says so in these three.
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from torch import nn
@@ -73,12 +74,13 @@ def resolve(config: Any, model: nn.Module) -> tuple[Any, list[str]]:
     Raises:
         ValueError: nothing matches (with the nearest names that exist), or a match is no layer that can be adapted.
     """
+    config = config.completed(model)
     saved = modules_to_save(config, model)
     holders = parameter_holders(config, saved, model)
     wanted = config.target_modules
     if wanted is None:
         # Whoever names parameters means those alone.
-        wanted = [] if holders else default_targets(model)
+        wanted = [] if holders else default_targets(model, config.default_targets)
     elif isinstance(wanted, str) and wanted.lower() == ALL_LINEAR:
         wanted = sorted(all_linear(model))
     matched = [path for path, _ in base_modules(model) if path and matches(wanted, path)]
@@ -191,11 +193,17 @@ def output_heads(model: nn.Module) -> set[str]:
     return heads
 
 
-def default_targets(model: nn.Module) -> list[str]:
-    """What is adapted when the configuration does not say: by the model's type, else by its structure."""
+def default_targets(model: nn.Module, own: Mapping[str, list[str]] = MappingProxyType({})) -> list[str]:
+    """What is adapted when the configuration does not say: by the model's type, else by its structure.
+
+    Args:
+        model: the model.
+        own: a method's own table, model type -> targets, which comes before the usual one.
+    """
+    known = {**DEFAULT_TARGETS, **own}
     model_type = getattr(getattr(model, "config", None), "model_type", None)
-    if model_type in DEFAULT_TARGETS:
-        return list(DEFAULT_TARGETS[model_type])
+    if model_type in known:
+        return list(known[model_type])
     attention = [path for path in all_linear(model) if any(_ATTENTION.search(part) for part in path.split(".")[:-1])]
     names = sorted({path.rpartition(".")[2] for path in attention})
     chosen = [name for name in names if _QUERY_OR_VALUE.fullmatch(name)] or names

@@ -9,7 +9,7 @@ that is tied to the embedding follows the same rows. File key: `<path>.token_ada
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .base import BaseWeight, base_of
 from .base.embedding import scaled_as
-from .layer import AdaptedLayer, adapted_layers, base_modules
+from .layer import AdaptedLayer, base_modules
 from .method import AdapterUnit
 from .placement import home_of
 from .tying import input_embedding
@@ -101,6 +101,17 @@ class TokenUnit(AdapterUnit):
         matrix[self.ids.to(matrix.device)] = self.rows.detach().to(matrix)
         return matrix, bias
 
+    @classmethod
+    def check_together(cls, units: Mapping[str, AdapterUnit]) -> None:
+        """See `AdapterUnit.check_together`: a row has one value."""
+        owners: dict[int, str] = {}
+        for name, unit in units.items():
+            ids = unit.ids.tolist() if isinstance(unit, TokenUnit) else []
+            twice = [token for token in ids if token in owners]
+            if twice:
+                raise ValueError(f"adapters {owners[twice[0]]!r} and {name!r} both train token {twice[0]}")
+            owners.update(dict.fromkeys(ids, name))
+
     def extra_repr(self) -> str:
         """The number of rows, for `print(model)`."""
         return f"rows={len(self.ids)}"
@@ -158,27 +169,6 @@ def check_apart(tokens: Sequence[str], adapted: Sequence[str], saved: Sequence[s
             raise ValueError(
                 f"target_modules: another adapter trains rows of {path} ({OPTION}), beside which it cannot be adapted"
             )
-
-
-def check_together(model: nn.Module, names: Sequence[str]) -> None:
-    """Refuse adapters at work together that train the same rows.
-
-    Raises:
-        ValueError: so it is.
-    """
-    for path, layer in adapted_layers(model):
-        owners: dict[int, str] = {}
-        for name in dict.fromkeys(names):
-            unit = layer.unit(name)
-            if not isinstance(unit, TokenUnit):
-                continue
-            twice = [token for token in unit.ids.tolist() if token in owners]
-            if twice:
-                raise ValueError(
-                    f"adapters {owners[twice[0]]!r} and {name!r} both train token {twice[0]} of {path}, so they cannot "
-                    "be at work together"
-                )
-            owners.update(dict.fromkeys(unit.ids.tolist(), name))
 
 
 def _check(path: str, layer: nn.Module, ids: list[int]) -> None:

@@ -159,7 +159,7 @@ def test_several_adapters(kind):
     model.set_adapter("second")
     second = logits(model, kind)
     assert not torch.equal(first, second)
-    with pytest.raises(ValueError, match=r"'default' and 'third' both train token 41 of model\.embed_tokens"):
+    with pytest.raises(ValueError, match=r"model\.embed_tokens: adapters 'default' and 'third' both train token 41"):
         model.set_adapter(["default", "third"])
     assert model.active_adapters == ["second"]
     assert torch.equal(logits(model, kind), second)

@@ -10,7 +10,6 @@ from .. import attach, checkpoint
 from ..config import AdapterConfig, as_config
 from ..files import Path
 from ..planning import prepare
-from ..tokens import check_together
 from . import hotswapping, scaling, weighting
 from .arguments import check_only
 from .merges import MergeVerbs
@@ -75,7 +74,7 @@ class AdapterVerbs(MergeVerbs):
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
         self.check_names(names)
         self.check_not_merged("switch adapters")
-        check_together(self, names)
+        attach.check_together(self, names)
         self.adapter_state.active = names
         self.refresh()
 

@@ -11,7 +11,6 @@ from .. import attach, merging
 from ..files import Path
 from ..integrations.transformers import forget_quantization, is_transformers_model
 from ..surgery import release
-from ..tokens import check_together
 from .arguments import check_only
 from .state import WithAdapters, forget_adapters
 
@@ -32,7 +31,7 @@ class MergeVerbs(WithAdapters):
         names = tuple(self.adapter_state.active if adapter_names is None else adapter_names)
         self.check_names(names)
         self.check_not_merged("merge again")
-        check_together(self, names)
+        attach.check_together(self, names)
         merging.merge_in_place(self, names)
         self.adapter_state.merged = names
         self.refresh()
@@ -65,7 +64,7 @@ class MergeVerbs(WithAdapters):
         check_only(unused, "safe_merge", "progressbar")
         names = tuple(self.adapter_state.active if adapter_names is None else adapter_names)
         self.check_names(names)
-        check_together(self, names)
+        attach.check_together(self, names)
         if self.adapter_state.merged:
             self.unmerge_adapter()
         report = merging.merge_to_plain(self, names, original)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from ...base import BaseWeight
 from ...config import AdapterConfig
@@ -15,7 +15,9 @@ from ...planning import Plan
 from ...targets import adapted_places
 from . import eva, loftq
 from .combining import Combination
-from .config import LoraConfig, matches
+from .config import LoraConfig
+from .conversion import plain_lora
+from .fused import fuse_experts
 from .inits import check_start
 from .unit import UNITS, LoraUnit
 from .weighting import combine, combined_config
@@ -59,14 +61,24 @@ class Lora(LayerMethod):
 
     @staticmethod
     def check(config: LoraConfig, model: nn.Module, paths: list[str]) -> None:
-        """A pattern that matches no target is a mistake in its spelling; and each layer must be able to start."""
+        """See `LayerMethod.check`; each layer must be able to start."""
         adapted = {path: adapted_places(config, path, model.get_submodule(path)) for path in paths}
-        places = [place for path in paths for place in (path, *adapted[path])]
-        for option in ("rank_pattern", "alpha_pattern"):
-            for pattern in getattr(config, option):
-                if not any(matches(pattern, place) for place in places):
-                    raise ValueError(f"{option} {pattern!r} matches none of the {len(paths)} adapted layers")
+        config.check_patterns(list(dict.fromkeys(place for path in paths for place in (path, *adapted[path]))))
         check_start(config, model, paths)
+
+    @classmethod
+    def read(
+        cls, model: nn.Module, config: LoraConfig, tensors: dict[str, Tensor], prefix: str
+    ) -> tuple[Any, dict[str, Tensor]]:
+        """See `LayerMethod.read`: adapters on single experts become one on all."""
+        return fuse_experts(model, config, tensors, prefix)
+
+    @classmethod
+    def as_plain_lora(
+        cls, model: nn.Module, name: str, config: LoraConfig, tensors: Mapping[str, Tensor], prefix: str
+    ) -> tuple[Any, dict[str, Tensor]]:
+        """See `LayerMethod.as_plain_lora`."""
+        return plain_lora(model, name, config, tensors, prefix)
 
     @staticmethod
     def prepare(plan: Plan, model: nn.Module, data: Any) -> Preparation:

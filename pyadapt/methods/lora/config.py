@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from ...config import AdapterConfig
+from ...layer_config import RankedConfig
 from .inits import complete_options
 
 logger = logging.getLogger("pyadapt")
@@ -19,21 +19,12 @@ BIASES = ("none", "lora_only", "all")
 
 
 @dataclass
-class LoraConfig(AdapterConfig):
-    """Configuration of LoRA; names and defaults are those of PEFT.
+class LoraConfig(RankedConfig):
+    """Configuration of LoRA; names and defaults are those of PEFT. What is not listed: see `RankedConfig`.
 
     Attributes:
-        r: rank of the update, at least 1.
         lora_alpha: numerator of the scaling.
         lora_dropout: probability that an input element is dropped before A, in [0, 1).
-        target_modules: layers to adapt. A list matches by dotted suffix, a string is a full-match regular expression,
-            `"all-linear"` is every linear layer but the output head, None chooses by the model's architecture.
-        exclude_modules: layers to leave out, matched in the same way.
-        modules_to_save: modules that are trained whole and saved beside the adapter.
-        layers_to_transform: indices of the blocks to adapt.
-        layers_pattern: name of the block list that `layers_to_transform` counts in.
-        rank_pattern: path pattern -> rank, where it differs from `r`.
-        alpha_pattern: path pattern -> alpha, where it differs from `lora_alpha`.
         use_rslora: divide alpha by sqrt(r) in place of r.
         init_lora_weights: how A and B start; see `inits.INITS`.
         fan_in_fan_out: accepted for PEFT's sake; the orientation is read off the layer itself.
@@ -66,16 +57,10 @@ class LoraConfig(AdapterConfig):
         "velora_config": None,
     }
 
-    r: int = 8
+    alpha_field: ClassVar[str] = "lora_alpha"
+
     lora_alpha: float = 8
     lora_dropout: float = 0.0
-    target_modules: list[str] | str | None = None
-    exclude_modules: list[str] | str | None = None
-    modules_to_save: list[str] | None = None
-    layers_to_transform: list[int] | int | None = None
-    layers_pattern: list[str] | str | None = None
-    rank_pattern: dict[str, int] = field(default_factory=dict)
-    alpha_pattern: dict[str, float] = field(default_factory=dict)
     use_rslora: bool = False
     init_lora_weights: bool | str = True
     fan_in_fan_out: bool = False
@@ -90,38 +75,14 @@ class LoraConfig(AdapterConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("target_modules", "exclude_modules", "modules_to_save", "target_parameters"):
-            value = getattr(self, name)
-            if isinstance(value, (set, frozenset, tuple)):
-                setattr(self, name, sorted(value))
-        self._check_regular_expressions()
-        for where, rank in (("r", self.r), *self.rank_pattern.items()):
-            if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-                raise ValueError(f"{where}={rank!r}: a rank is a whole number of at least 1")
-        if not 0.0 <= self.lora_dropout < 1.0:
-            raise ValueError(f"lora_dropout={self.lora_dropout!r} is not in [0, 1)")
+        self.make_lists("target_parameters")
+        self.check_probabilities("lora_dropout")
         for option, init in (("loftq_config", "loftq"), ("eva_config", "eva")):
             if getattr(self, option) and self.init_lora_weights != init:
                 logger.warning('%s is not used: init_lora_weights is not "%s"', option, init)
         complete_options(self)
         if self.bias not in BIASES:
             raise ValueError(f"bias={self.bias!r} is not one of {', '.join(BIASES)}")
-        if self.layers_pattern is not None and self.layers_to_transform is None:
-            raise ValueError("layers_pattern says where to count and needs layers_to_transform, which layers to take")
-
-    def _check_regular_expressions(self) -> None:
-        single = ((name, getattr(self, name)) for name in ("target_modules", "exclude_modules", "layers_pattern"))
-        keys = ((name, key) for name in ("rank_pattern", "alpha_pattern") for key in getattr(self, name))
-        for name, pattern in (*single, *keys):
-            if isinstance(pattern, str):
-                try:
-                    re.compile(pattern)
-                except re.error as error:
-                    raise ValueError(f"{name}={pattern!r} is no regular expression: {error}") from None
-
-    def rank_of(self, path: str) -> int:
-        """The rank for the layer at `path`."""
-        return _by_pattern(self.rank_pattern, path, self.r)
 
     def with_rank(self, r: int, paths: Iterable[str]) -> LoraConfig:
         """The same scaling at rank `r` on each of the layers at `paths`, to be filled from an adapter that exists."""
@@ -134,20 +95,6 @@ class LoraConfig(AdapterConfig):
             r=r, lora_alpha=first, rank_pattern={}, alpha_pattern=alphas, init_lora_weights=True, inference_mode=False
         )
 
-    def alpha_of(self, path: str) -> float:
-        """The alpha for the layer at `path`."""
-        return _by_pattern(self.alpha_pattern, path, self.lora_alpha)
-
     def scaling_of(self, path: str) -> float:
         """The factor s for the layer at `path`."""
-        r, alpha = self.rank_of(path), self.alpha_of(path)
-        return alpha / math.sqrt(r) if self.use_rslora else alpha / r
-
-
-def matches(pattern: str, path: str) -> bool:
-    """Whether `pattern`, a regular expression, matches a dotted end of `path` (PEFT's rule)."""
-    return re.match(rf"(.*\.)?({pattern})$", path) is not None
-
-
-def _by_pattern(patterns: dict[str, Any], path: str, otherwise: Any) -> Any:
-    return next((value for pattern, value in patterns.items() if matches(pattern, path)), otherwise)
+        return self.alpha_of(path) / math.sqrt(self.rank_of(path)) if self.use_rslora else super().scaling_of(path)

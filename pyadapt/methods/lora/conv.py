@@ -11,17 +11,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
+from ... import low_rank
 from ...base import BaseWeight
 from ...layer import AdaptedLayer
 from .config import LoraConfig
 from .unit import LoraUnit, adapts
-
-# Dimensions of the weight -> the convolution.
-_CONVOLUTIONS: dict[int, Any] = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
 
 
 @adapts("conv")
@@ -70,17 +66,9 @@ class ConvUnit(LoraUnit):
         return y + self.term(x, owner).to(y.dtype)
 
     def term(self, x: Tensor, owner: AdaptedLayer) -> Tensor:
-        """What the adapter adds to the layer's output, in the dtype of A.
-
-        Where x has to be dropped from or cast, that is done again in backward: only x itself is kept, once.
-        """
+        """What the adapter adds to the layer's output, in the dtype of A."""
         p = self.dropout if self.training else 0.0
-        if (p > 0 or x.dtype != self.lora_A.dtype) and torch.is_grad_enabled():
-            hidden = checkpoint(_reduce, x, self.lora_A, p, owner, use_reentrant=False, preserve_rng_state=p > 0)
-        else:
-            hidden = _reduce(x, self.lora_A, p, owner)
-        raised = _CONVOLUTIONS[self.lora_B.dim()](hidden, self.lora_B, self.lora_bias, groups=self.groups)
-        return self.scaling * raised
+        return self.scaling * low_rank.conv(x, self.lora_A, self.lora_B, owner, bias=self.lora_bias, p=p)
 
     def fold(self, matrix: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """See `AdapterUnit.fold`.
@@ -94,13 +82,3 @@ class ConvUnit(LoraUnit):
                 "and the layer's weight those of one group; keep the adapter unmerged, or leave the layer out"
             )
         return super().fold(matrix, bias)
-
-
-def _reduce(x: Tensor, A: Tensor, p: float, owner: Any) -> Tensor:
-    """A * drop(x) with the geometry of `owner`, without its groups: (batch, r, *size)."""
-    x = (F.dropout(x, p) if p > 0 else x).to(A.dtype)
-    padding = owner.padding
-    if owner.padding_mode != "zeros":
-        x = F.pad(x, owner._reversed_padding_repeated_twice, mode=owner.padding_mode)
-        padding = 0
-    return _CONVOLUTIONS[A.dim()](x, A, None, owner.stride, padding, owner.dilation)

@@ -18,7 +18,7 @@ from .config import LoraConfig
 
 
 def plain_lora(
-    model: nn.Module, name: str, config: Any, tensors: Mapping[str, Tensor], prefix: str
+    model: nn.Module, name: str, config: LoraConfig, tensors: Mapping[str, Tensor], prefix: str
 ) -> tuple[Any, dict[str, Tensor]]:
     """The adapter called `name` as a plain LoRA on the original weights.
 
@@ -34,10 +34,8 @@ def plain_lora(
         plain already and comes back as it was.
 
     Raises:
-        ValueError: the adapter is no LoRA, or belongs to weights that LoftQ has changed.
+        ValueError: the adapter belongs to weights that LoftQ has changed.
     """
-    if not isinstance(config, LoraConfig):
-        raise ValueError(f"adapter {name!r} is of type {config.peft_type}; only LoRA can be saved as plain LoRA")
     if config.init_lora_weights == "loftq":
         raise ValueError(
             f"adapter {name!r} fits the weights that LoftQ has quantised, not the original ones, and cannot be plain"

@@ -37,9 +37,6 @@ class DoraUnit(LoraUnit):
     }
     # Older files name the magnitude as a module's weight.
     file_aliases: ClassVar[dict[str, str]] = {"lora_magnitude_vector.weight": "lora_magnitude_vector"}
-    # Each row of a batch asks its own unit: c is no part of the kernel that serves them together.
-    run_by_row = staticmethod(AdapterUnit.run_by_row)
-
     lora_magnitude_vector: nn.Parameter
 
     def __init__(
@@ -53,6 +50,16 @@ class DoraUnit(LoraUnit):
         """See `AdapterUnit.shapes`."""
         shapes = super().shapes(config, path, base, layer)
         return {**shapes, "lora_magnitude_vector": cls.magnitude_shape(base, layer)}
+
+    @classmethod
+    def check_together(cls, units: Mapping[str, AdapterUnit]) -> None:
+        """See `AdapterUnit.check_together`: the norm is that of W + s B A, which has no other terms."""
+        other = next((name for name, unit in units.items() if not isinstance(unit, LoraUnit)), None)
+        if other is not None:
+            dora = next(name for name, unit in units.items() if isinstance(unit, DoraUnit))
+            raise ValueError(
+                f"the norm of {dora!r}, a DoRA, is that of W + s B A, where {other!r}, which is no LoRA, has no place"
+            )
 
     @classmethod
     def magnitude_shape(cls, base: type[BaseWeight], layer: Any) -> tuple[int, ...]:

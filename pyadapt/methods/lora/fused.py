@@ -22,9 +22,10 @@ from torch import Tensor, nn
 
 from ...base.experts import Experts
 from ...layer import base_modules
+from ...layer_config import matches
 from ...targets import ALL_LINEAR
 from ...targets import matches as is_named
-from .config import LoraConfig, matches
+from .config import LoraConfig
 
 logger = logging.getLogger("pyadapt")
 

@@ -16,15 +16,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ... import low_rank
 from ...base import BaseWeight
 from ...dtypes import output_dtype, product_input
 from ...layer import AdaptedLayer
 from ...lookup import parameter
+from ...low_rank import LowRank
 from ...method import AdapterUnit
 from ...ops import routes
 from ...ops.lora import LoraLinear
-from ...ops.lora_rows import LoraRows
-from ...rows import Rows
 from ...seed import draw_seed
 from .config import LoraConfig
 from .inits import initialize, start_moves
@@ -190,23 +190,11 @@ class LinearUnit(LoraUnit):
         """See `LoraUnit.parameters_of_factors`."""
         return self.lora_A, self.lora_B
 
-    def is_no_more_than_factors(self) -> bool:
-        """Whether forward needs nothing but A and B."""
-        return self._buffers["start_A"] is None and parameter(self, "lora_bias") is None
-
-    @staticmethod
-    def run_by_row(rows: Rows, owner: AdaptedLayer, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """See `AdapterUnit.run_by_row`; one kernel for all rows where every unit is no more than A and B."""
-        units: Any = rows.units
-        if not all(type(unit) is LinearUnit and unit.is_no_more_than_factors() for unit in units):
-            return AdapterUnit.run_by_row(rows, owner, x, *args, **kwargs)
-        x = product_input(x)
-        dropouts = [unit.dropout if unit.training else 0.0 for unit in units]
-        seed = draw_seed(x) if any(dropouts) else None
-        matrices = [unit.lora_A for unit in units] + [unit.lora_B for unit in units]
-        segments = rows.segments(x.shape[:-1].numel())
-        scalings = [unit.scaling for unit in units]
-        return LoraRows.apply(x, owner, segments, scalings, dropouts, seed, output_dtype(x), *matrices)
+    def low_rank(self) -> LowRank | None:
+        """See `AdapterUnit.low_rank`."""
+        if type(self) is not LinearUnit or self.start_A is not None or parameter(self, "lora_bias") is not None:
+            return None
+        return LowRank(self.lora_A, self.lora_B, self.scaling, self.dropout if self.training else 0.0)
 
     def forward(self, x: Tensor, owner: AdaptedLayer, y: Tensor | None = None, with_bias: bool = True) -> Tensor:
         """See `AdapterUnit.forward`; without `with_bias` the layer's own bias is left out, where y is None."""
@@ -233,18 +221,7 @@ class LinearUnit(LoraUnit):
             beside.append(-self.scaling * start)
         if self.lora_bias is not None:
             beside.append(self.scaling * self.lora_bias)
-        if y is None:
-            x = product_input(x)
-            seed = draw_seed(x) if p > 0 else None
-            # A bias that is trained is added where autograd sees it.
-            trained = owner.live_bias is not None
-            y = LoraLinear.apply(x, A, B, owner, self.scaling, p, seed, output_dtype(x), with_bias and not trained)
-            if with_bias and trained:
-                y = y + cast(Tensor, owner.bias).to(y.dtype)
-        else:
-            dropped = F.dropout(x, p) if p > 0 else x
-            term = F.linear(F.linear(dropped.to(A.dtype), A), B)
-            y = y + (self.scaling * term).to(y.dtype)
+        y = low_rank.linear(x, LowRank(A, B, self.scaling, p), owner, y, with_bias)
         for term in beside:
             y = y + term.to(y.dtype)
         return y
