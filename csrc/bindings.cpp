@@ -12,8 +12,10 @@
 #include "core/checks.hpp"
 #include "core/error.hpp"
 #include "cpu/dispatch.hpp"
+#include "cpu/ia3.hpp"
 #include "cpu/int8.hpp"
 #include "cpu/layer.hpp"
+#include "cpu/lokr.hpp"
 #include "cpu/lora_rows.hpp"
 #include "python/tensors.hpp"
 
@@ -52,6 +54,15 @@ void linear_forward(py::handle x, py::handle weight, py::handle scale, py::handl
     cpu::linear_forward(x_, layer.view(), y_, skinny, team(threads));
 }
 
+void scaled_linear_forward(py::handle x, py::handle input_scale, py::handle weight, py::handle scale, py::handle bias,
+                           py::handle y, bool skinny, int threads) {
+    const Input x_(x, "x", dlpack::import_rows), input_scale_(input_scale, "input_scale");
+    const Tensor y_ = rows(y, "y");
+    const LayerWeight layer(weight, scale, bias);
+    py::gil_scoped_release release;
+    cpu::linear_forward(x_, layer.view(), y_, skinny, team(threads), &input_scale_.value);
+}
+
 void linear_dx(py::handle g, py::handle weight, py::handle scale, py::handle dx, int threads) {
     const Input g_(g, "g", dlpack::import_rows);
     const Tensor dx_ = rows(dx, "dx");
@@ -83,12 +94,12 @@ void lora_backward(py::handle g, py::handle x, py::handle weight, py::handle sca
                        team(threads));
 }
 
-void lora_shrink(py::handle x, py::handle A, py::handle S, double p, py::handle seed, int threads) {
+void lora_shrink(py::handle x, py::handle A, py::handle S, double p, py::handle seed, bool for_bf16, int threads) {
     const Input x_(x, "x"), A_(A, "A");
     const Tensor S_ = tensor(S, "S");
     const cpu::Adapter adapter = {&A_.value, nullptr, 1.0, dropout(p, seed)};
     py::gil_scoped_release release;
-    cpu::lora_shrink(x_, adapter, S_, team(threads));
+    cpu::lora_shrink(x_, adapter, S_, for_bf16 ? DType::bf16 : DType::f32, team(threads));
 }
 
 void lora_expand(py::handle S, py::handle B, py::handle scale, py::handle bias, py::handle y, double scaling,
@@ -108,6 +119,14 @@ void lora_gradients(py::handle g, py::handle x, py::handle A, py::handle B, py::
     const cpu::Adapter adapter = {&A_.value, &B_.value, scaling, dropout(p, seed)};
     py::gil_scoped_release release;
     cpu::lora_gradients(g_, x_, adapter, S_, dS_, dA_, dB_, team(threads));
+}
+
+void lora_input_gradient(py::handle dS, py::handle x, py::handle dA, double p, py::handle seed, int threads) {
+    const Input dS_(dS, "dS"), x_(x, "x");
+    const Tensor dA_ = tensor(dA, "dA");
+    const cpu::Adapter adapter = {nullptr, nullptr, 1.0, dropout(p, seed)};
+    py::gil_scoped_release release;
+    cpu::lora_input_gradient(dS_, x_, adapter, dA_, team(threads));
 }
 
 void lora_expand_dx(py::handle dS, py::handle A, py::handle dx, double p, py::handle seed, int threads) {
@@ -131,6 +150,20 @@ void dequantize_rows(py::handle q, py::handle scale, py::handle out, int threads
     const Optional scale_(scale, "scale");
     py::gil_scoped_release release;
     cpu::dequantize_rows(q_, scale_.get(), out_, team(threads));
+}
+
+void scale_columns(py::handle a, py::handle scale, py::handle shift, py::handle b, py::handle out, py::handle dot,
+                   int threads) {
+    const Input a_(a, "a", dlpack::import_rows);
+    const Optional scale_(scale, "scale"), shift_(shift, "shift");
+    std::optional<Input> b_;
+    if (!b.is_none()) b_.emplace(b, "b", dlpack::import_rows);
+    const OptionalRows out_(out, "out");
+    std::optional<Tensor> dot_;
+    if (!dot.is_none()) dot_ = tensor(dot, "dot");
+    py::gil_scoped_release release;
+    cpu::scale_columns(a_, scale_.get(), shift_.get(), b_ ? &b_->value : nullptr, out_.get(), dot_ ? &*dot_ : nullptr,
+                       team(threads));
 }
 
 // --- a batch in which each segment of rows has an adapter of its own ---
@@ -199,6 +232,29 @@ void lora_rows_backward(py::handle g, py::handle x, const py::list& As, const py
                             dA.values, dB.values, team(threads));
 }
 
+// --- LoKr ---
+
+void lokr_forward(py::handle x, py::handle w1, py::handle down, py::handle up, py::handle factors, py::handle y,
+                  double scaling, int threads) {
+    const Input x_(x, "x", dlpack::import_rows), w1_(w1, "w1"), down_(down, "down");
+    const Optional up_(up, "up"), factors_(factors, "factors");
+    const Tensor y_ = rows(y, "y");
+    const cpu::LokrTerm term = {&w1_.value, &down_.value, up_.get(), factors_.get(), scaling};
+    py::gil_scoped_release release;
+    cpu::lokr_forward(x_, term, y_, team(threads));
+}
+
+void lokr_backward(py::handle g, py::handle x, py::handle w1, py::handle down, py::handle up, py::handle factors,
+                   py::handle dx, py::handle dw1, py::handle d_down, py::handle d_up, double scaling, int threads) {
+    const Input g_(g, "g", dlpack::import_rows), x_(x, "x", dlpack::import_rows), w1_(w1, "w1"), down_(down, "down");
+    const Optional up_(up, "up"), factors_(factors, "factors");
+    const OptionalRows dx_(dx, "dx"), d_up_(d_up, "d_up");
+    const Tensor dw1_ = tensor(dw1, "dw1"), d_down_ = tensor(d_down, "d_down");
+    const cpu::LokrTerm term = {&w1_.value, &down_.value, up_.get(), factors_.get(), scaling};
+    py::gil_scoped_release release;
+    cpu::lokr_backward(g_, x_, term, dx_.get(), dw1_, d_down_, d_up_.get(), team(threads));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
@@ -213,17 +269,22 @@ PYBIND11_MODULE(_native, m) {
     m.def("set_isa", &cpu::set_isa);
 
     m.def("linear_forward", &linear_forward);
+    m.def("scaled_linear_forward", &scaled_linear_forward);
     m.def("linear_dx", &linear_dx);
     m.def("lora_forward", &lora_forward);
     m.def("lora_backward", &lora_backward);
     m.def("lora_shrink", &lora_shrink);
     m.def("lora_expand", &lora_expand);
     m.def("lora_gradients", &lora_gradients);
+    m.def("lora_input_gradient", &lora_input_gradient);
     m.def("lora_expand_dx", &lora_expand_dx);
     m.def("quantize_rows", &quantize_rows);
     m.def("dequantize_rows", &dequantize_rows);
+    m.def("scale_columns", &scale_columns);
     m.def("lora_rows_forward", &lora_rows_forward);
     m.def("lora_rows_backward", &lora_rows_backward);
+    m.def("lokr_forward", &lokr_forward);
+    m.def("lokr_backward", &lokr_backward);
 }
 
 }  // namespace pyadapt

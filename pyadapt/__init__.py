@@ -80,10 +80,14 @@ if TYPE_CHECKING:
         set_peft_model_state_dict as set_peft_model_state_dict,
     )
     from .files import AdapterFileError as AdapterFileError
+    from .integrations.callbacks import AdaLoraCallback as AdaLoraCallback
     from .integrations.transformers import load_quantized as load_quantized
     from .kbit import prepare_model_for_int8_training as prepare_model_for_int8_training
     from .kbit import prepare_model_for_kbit_training as prepare_model_for_kbit_training
     from .merging import MergeReport as MergeReport
+    from .methods.adalora import AdaLoraConfig as AdaLoraConfig
+    from .methods.adalora.orthogonality import orthogonality as orthogonality
+    from .methods.ia3 import IA3Config as IA3Config
     from .methods.lora import LoraConfig as LoraConfig
     from .methods.lora.afterwards import (
         get_eva_state_dict as get_eva_state_dict,
@@ -94,6 +98,8 @@ if TYPE_CHECKING:
     from .methods.lora.afterwards import (
         replace_lora_weights_loftq as replace_lora_weights_loftq,
     )
+    from .methods.lycoris.loha import LoHaConfig as LoHaConfig
+    from .methods.lycoris.lokr import LoKrConfig as LoKrConfig
     from .model import is_wrapped as is_wrapped
     from .planning import Plan as Plan
     from .quantization import quantize as quantize
@@ -107,6 +113,8 @@ __version__ = "0.1.0"
 
 # Where each public name lives.
 _HOMES = {
+    "AdaLoraCallback": "integrations.callbacks",
+    "AdaLoraConfig": "methods.adalora",
     "AdapterConfig": "config",
     "AdapterFileError": "files",
     "AutoPeftModel": "familiar",
@@ -116,6 +124,9 @@ _HOMES = {
     "AutoPeftModelForSeq2SeqLM": "familiar",
     "AutoPeftModelForSequenceClassification": "familiar",
     "AutoPeftModelForTokenClassification": "familiar",
+    "IA3Config": "methods.ia3",
+    "LoHaConfig": "methods.lycoris.loha",
+    "LoKrConfig": "methods.lycoris.lokr",
     "LoraConfig": "methods.lora",
     "MergeReport": "merging",
     "PeftConfig": "familiar",
@@ -137,6 +148,7 @@ _HOMES = {
     "load": "wrapping",
     "load_quantized": "integrations.transformers",
     "merge": "wrapping",
+    "orthogonality": "methods.adalora.orthogonality",
     "plan": "wrapping",
     "prepare_model_for_compiled_hotswap": "familiar",
     "prepare_model_for_int8_training": "kbit",

@@ -64,6 +64,8 @@ def attach(model: nn.Module, plan: Plan, name: str, values: Mapping[str, Mapping
         if row.source is None:
             home = home_of(layer, next(iter(base.stored(layer).values())))
             unit = _make_unit(plan, row, base, layer, home, dtype, values.get(row.path))
+            if not plan.config.inference_mode:
+                unit.start_training(plan.config)
             owners[row.path] = unit
         else:
             unit = row.unit_class(plan.config, row.source, base, layer, torch.device("meta"), dtype)

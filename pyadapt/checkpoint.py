@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import kohya
 from .biases import COPY, biased_modules, is_bias_copy, own_bias
 from .config import AdapterConfig
 from .files import (
@@ -26,6 +27,7 @@ from .files import (
     adapter_weights_path,
     read_tensors,
     resolve_adapter_folder,
+    single_weights_file,
     write_safetensors,
     write_text,
 )
@@ -33,6 +35,7 @@ from .layer import AdaptedLayer, SavedModule, adapted_layers, saved_modules
 from .method import METHODS
 from .placement import is_offloaded
 from .planning import LayerPlan, Plan, make_plan
+from .resuming import training_state, write_training_state
 from .vocabulary import fill_weight, stored_weights, weight_places, without_repetitions
 
 KEY_PREFIX = "base_model.model."
@@ -46,10 +49,12 @@ class AdapterFile:
     Attributes:
         plan: what its configuration means for the model.
         tensors: file key -> tensor, just those that the model has a place for.
+        folder: where it was read.
     """
 
     plan: Plan
     tensors: dict[str, Tensor]
+    folder: str = ""
 
     def values_of(self, row: LayerPlan) -> dict[str, Tensor]:
         """The tensors of one layer's unit, by what follows the layer's path in the file."""
@@ -125,42 +130,69 @@ def save_adapter(
         ValueError: `as_plain_lora` of an adapter that cannot be one; see `LayerMethod.as_plain_lora`.
     """
     tensors = adapter_state_dict(model, name, state_dict)
-    if as_plain_lora:
-        config, tensors = METHODS[config.peft_type].as_plain_lora(model, name, config, tensors, KEY_PREFIX)
-        tensors.update(_mirrors(model, name, tensors))
+    empty = _empty_by_rights(model, name, config)
     for key, tensor in tensors.items():
-        if tensor.is_meta or tensor.numel() == 0:
+        if tensor.is_meta or (tensor.numel() == 0 and tuple(tensor.shape) != empty.get(key)):
             state = "on the meta device" if tensor.is_meta else f"of shape {tuple(tensor.shape)}"
             raise AdapterFileError(f"cannot save adapter {name!r}: {key} is {state}; gather the weights first")
+    method = METHODS[config.peft_type]
+    config, tensors = method.as_saved(model, name, config, tensors, KEY_PREFIX)
+    if as_plain_lora:
+        config, tensors = method.as_plain_lora(model, name, config, tensors, KEY_PREFIX)
+        tensors.update(_mirrors(model, name, tensors))
     target = os.path.join(folder, "" if name == DEFAULT_ADAPTER else name)
     os.makedirs(target, exist_ok=True)
     write_safetensors(os.path.join(target, ADAPTER_WEIGHTS_FILE), tensors)
     config.save_pretrained(target)
+    write_training_state(target, {} if as_plain_lora else training_state(model, name, state_dict))
     card = os.path.join(target, "README.md")
     if not os.path.exists(card):
         write_text(card, _model_card(config))
 
 
+def _empty_by_rights(model: nn.Module, name: str, config: AdapterConfig) -> dict[str, tuple[int, ...]]:
+    """Key -> shape of each tensor that has no values because its layer has no rank."""
+    units = ((path, layer, unit) for path, layer in adapted_layers(model) if (unit := layer.unit(name)) is not None)
+    return {
+        f"{KEY_PREFIX}{path}.{unit.file_keys[attribute]}": shape
+        for path, layer, unit in units
+        if any(parameter.numel() == 0 for parameter in unit.parameters())
+        for attribute, shape in unit.shapes(config, path, layer.base, layer).items()
+        if 0 in shape
+    }
+
+
 def read_adapter(
-    model: nn.Module, path: Path, *, strict: bool = True, adapter_dtype: Any = None, **hub: str
+    model: nn.Module,
+    path: Path,
+    *,
+    strict: bool = True,
+    adapter_dtype: Any = None,
+    prefix: str | None = None,
+    **hub: str,
 ) -> AdapterFile:
-    """Read the adapter folder `path` and check it against `model`, changing nothing.
+    """Read the adapter in `path` and check it against `model`, changing nothing.
 
     Args:
         model: the model.
-        path: the folder, or a name on the hub.
+        path: the folder, a name on the hub, or a single file of kohya's or LyCORIS' (see `kohya`).
         strict: refuse files with missing, extra or misshapen tensors.
         adapter_dtype: what the adapter is to be held in, as in a configuration; files do not say it.
+        prefix: in a single file, what the keys to take begin with, where more than one would fit.
         hub: `revision`, `token`, `cache_dir` for a hub name.
 
     Raises:
         AdapterFileError: files missing or damaged; or, with `strict`, tensors missing, extra or misshapen, all listed.
         ValueError: the configuration does not fit the model.
     """
-    folder = resolve_adapter_folder(path, **hub)
-    config = AdapterConfig.from_pretrained(folder).replaced(adapter_dtype=adapter_dtype)
-    tensors = read_tensors(adapter_weights_path(folder))
+    single = single_weights_file(path)
+    folder = single or resolve_adapter_folder(path, **hub)
+    config = None if single else AdapterConfig.from_pretrained(folder).replaced(adapter_dtype=adapter_dtype)
+    tensors = read_tensors(single or adapter_weights_path(folder))
     try:
+        if config is None:
+            config, tensors = kohya.read(model, tensors, KEY_PREFIX, prefix, strict)
+            config = config.replaced(adapter_dtype=adapter_dtype)
         config, tensors = METHODS[config.peft_type].read(model, config, tensors, KEY_PREFIX)
         plan = make_plan(model, config, trained=False)
     except ValueError as error:
@@ -184,7 +216,7 @@ def read_adapter(
             f"the adapter in {folder} does not fit this {type(model).__name__}:\n" + "\n".join(problems)
         )
     fitting = {key: tensor for key, tensor in tensors.items() if wanted.get(key) == tuple(tensor.shape)}
-    return AdapterFile(plan, fitting)
+    return AdapterFile(plan, fitting, folder)
 
 
 def check_values(model: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> None:

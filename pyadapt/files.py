@@ -101,6 +101,28 @@ def adapter_weights_path(folder: Path) -> str:
     return os.path.join(folder, found[0])
 
 
+def single_weights_file(path: Path) -> str | None:
+    """The file of an adapter that has no configuration beside it: `path`, or the one such file in the folder `path`.
+
+    Returns:
+        None for a folder with a configuration, and for what is not here.
+
+    Raises:
+        AdapterFileError: a folder without a configuration holds several files, or none.
+    """
+    name = os.fspath(path)
+    if os.path.isfile(name):
+        return name
+    if not os.path.isdir(name) or os.path.isfile(os.path.join(name, "adapter_config.json")):
+        return None
+    found = sorted(file for file in os.listdir(name) if file.endswith(".safetensors"))
+    if len(found) > 1:
+        raise AdapterFileError(
+            f"{name} has no adapter_config.json and {len(found)} files: name one ({', '.join(found)})"
+        )
+    return os.path.join(name, found[0]) if found else None
+
+
 def resolve_adapter_folder(path: Path, **hub: Any) -> str:
     """A local folder that holds `adapter_config.json`: `path` itself, or a download of the hub repository of that name.
 

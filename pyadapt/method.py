@@ -123,6 +123,13 @@ class AdapterUnit(nn.Module, abc.ABC):
     def initialize(self, config: Any, path: str, base: type[BaseWeight], layer: Any) -> None:
         """Give the parameters their first values."""
 
+    def start_training(self, config: Any) -> None:
+        """Register, as persistent buffers, what training keeps beside the parameters; they are in place by now."""
+
+    def training_state(self) -> dict[str, Tensor]:
+        """What training needs besides the parameters to go on from here, by attribute; empty where that is nothing."""
+        return {}
+
     def start_from(self, values: Mapping[str, Tensor], layer: Any) -> None:
         """Take first values that `initialize` could not know, by attribute; called without gradients."""
         for attribute, value in values.items():
@@ -230,6 +237,10 @@ class LayerMethod(abc.ABC):
 
     peft_type: ClassVar[str]
     config_class: ClassVar[type[AdapterConfig]]
+    # Whether training follows a schedule, so that `after_step` is to be called after each optimizer step.
+    has_schedule: ClassVar[bool] = False
+    # Whether an adapter in training adds a term to the loss; see `penalty`.
+    has_penalty: ClassVar[bool] = False
 
     @staticmethod
     @abc.abstractmethod
@@ -249,6 +260,23 @@ class LayerMethod(abc.ABC):
     @abc.abstractmethod
     def check(config: Any, model: nn.Module, paths: list[str]) -> None:
         """Refuse, before anything is changed, what fits the configuration but not these layers of this model."""
+
+    @staticmethod
+    def after_step(name: str, config: Any, units: Sequence[Any], global_step: int) -> None:
+        """Do what training asks for after an optimizer step.
+
+        Args:
+            name: of the adapter, for messages.
+            config: its configuration.
+            units: its units on all layers.
+            global_step: how many steps were taken, this one included.
+        """
+        raise NotImplementedError
+
+    @staticmethod
+    def penalty(config: Any, units: Sequence[Any]) -> Tensor | None:
+        """The scalar that the adapter with `units` adds to the loss; None where it is none."""
+        return None
 
     @staticmethod
     def prepare(plan: Plan, model: nn.Module, data: Any) -> Preparation:
@@ -279,6 +307,21 @@ class LayerMethod(abc.ABC):
 
         Raises:
             ValueError: the file means something that this method does not have.
+        """
+        return config, tensors
+
+    @classmethod
+    def as_saved(
+        cls, model: nn.Module, name: str, config: Any, tensors: dict[str, Tensor], prefix: str
+    ) -> tuple[Any, dict[str, Tensor]]:
+        """The configuration and tensors of the adapter called `name` as its file is to hold them.
+
+        Args:
+            model: a wrapped model.
+            name: the adapter.
+            config: its configuration.
+            tensors: its live tensors by key.
+            prefix: what stands before a layer's path in the keys.
         """
         return config, tensors
 

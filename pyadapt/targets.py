@@ -61,7 +61,7 @@ DEFAULT_TARGETS = {model_type: targets for targets, model_types in _DEFAULTS for
 HEAD_NAMES = ("lm_head", "score", "classifier", "qa_outputs")
 
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
-_QUERY_OR_VALUE = re.compile(r"(q|v|query|value)(_?proj|_lin)?", re.IGNORECASE)
+_QUERY_OR_VALUE = re.compile(r"(to_)?(q|v|query|value)(_?proj|_lin)?", re.IGNORECASE)
 
 
 def resolve(config: Any, model: nn.Module) -> tuple[Any, list[str]]:

@@ -12,6 +12,7 @@ from .config import as_config
 from .files import Path
 from .model import AdaptedModel, is_wrapped, make_adapted
 from .planning import Plan, make_plan, prepare
+from .resuming import fill_training_state, read_training_state
 
 
 def wrap(model: nn.Module, config: Any, adapter_name: str = "default", data: Any = None) -> nn.Module:
@@ -69,18 +70,20 @@ def load(
     low_cpu_mem_usage: bool = False,
     **hub: Any,
 ) -> nn.Module:
-    """Wrap `model` with the adapter in `path`, a folder in PEFT format or a hub name.
+    """Wrap `model` with the adapter in `path`: a folder in PEFT format, a hub name, or a file of kohya or LyCORIS.
 
     Args:
         model: the base model, or a wrapped one that gets a further adapter.
-        path: folder with `adapter_config.json` and `adapter_model.safetensors`.
+        path: folder with `adapter_config.json` and `adapter_model.safetensors`; or a single `.safetensors` file whose
+            keys are those of kohya or LyCORIS (docs/lycoris.md).
         adapter_name: what the adapter is called here.
         is_trainable: False freezes it and puts the model into evaluation mode.
         strict: refuse files with missing, extra or misshapen tensors.
         adapter_dtype: what the adapter is held in, whatever the file has, as in a configuration: by default float32.
         low_cpu_mem_usage: let the tensors of the file be the adapter's weights, rather than drawing first values and
             copying over them. What a file lacks (without `strict`) starts as usual.
-        hub: `revision`, `token`, `cache_dir` for a hub name.
+        hub: `revision`, `token`, `cache_dir` for a hub name; for a single file `prefix`, what the keys to take begin
+            with, where those of two models in it fit this one.
 
     Raises:
         AdapterFileError: the files are missing, damaged or do not fit; the model is unchanged.
@@ -92,7 +95,8 @@ def load(
     read = checkpoint.read_adapter(model, path, strict=strict, adapter_dtype=adapter_dtype, **hub)
     wholes = read.wholes(model, units=low_cpu_mem_usage)
     tensors = read.besides(wholes)
-    model = _put(model, read.plan, adapter_name, trainable=is_trainable, tensors=tensors, wholes=wholes)
+    state = read_training_state(read.folder) if is_trainable else {}
+    model = _put(model, read.plan, adapter_name, trainable=is_trainable, tensors=tensors, wholes=wholes, state=state)
     return model if is_trainable else model.eval()
 
 
@@ -118,12 +122,14 @@ def _put(
     tensors: Mapping[str, Tensor] | None = None,
     values: Mapping[str, Mapping[str, Tensor]] | None = None,
     wholes: Mapping[str, Mapping[str, Tensor]] | None = None,
+    state: Mapping[str, Tensor] | None = None,
 ) -> nn.Module:
     """Wrap a plain model; whatever fails, it is plain again."""
     adapted = make_adapted(model)
     try:
         adapted.add_planned(plan, name, trainable=trainable, values=wholes)
         checkpoint.fill_adapter(adapted, name, tensors or {})
+        fill_training_state(adapted, name, state or {})
         attach.fill(adapted, name, values or {})
     except BaseException:
         adapted.unload()

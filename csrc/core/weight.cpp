@@ -7,12 +7,12 @@
 
 namespace pyadapt {
 
-void check_weight(const Weight& weight, std::int64_t N, std::int64_t K) {
+void check_weight(const Weight& weight, std::int64_t N, std::int64_t K, bool any_scaled) {
     check_shape(*weight.values, {"N", N}, {"K", K});
     check_rows_or_columns(*weight.values);
     const bool int8 = weight.values->dtype == DType::i8;
     if (!int8) check_floating(*weight.values);
-    if (int8 != (weight.scale != nullptr))
+    if (any_scaled ? int8 && !weight.scale : int8 != (weight.scale != nullptr))
         throw ValueError(int8 ? "weight is int8 but weight_scale is None; wanted a float32 scale for each output row"
                               : std::string("weight_scale is given for a ") + name_of(weight.values->dtype) +
                                     " weight; wanted None, or an int8 weight");

@@ -73,6 +73,15 @@ struct Scratch {
     }
 };
 
+// bf16 pairs where the instruction set has them.
+#if PYADAPT_PAIRS
+constexpr Unit paired = Unit::bf16_pair;
+#else
+constexpr Unit paired = Unit::fp32;
+#endif
+
+bool is_short(const Operand& side) { return side.dtype == DType::bf16 || side.dtype == DType::i8; }
+
 // One tile of the output.
 struct Task {
     const Gemm& product;
@@ -82,14 +91,11 @@ struct Task {
     float* at(std::int64_t i) const { return scratch.tile + i * stride; }
 
     // tile += left right' over the whole depth of the two operands.
-    void add_product(const Operand& left, const Operand& right, std::int64_t depth, float right_alpha,
-                     Unit unit) const {
+    void add_product(const Operand& left, const Operand& right, std::int64_t depth, Unit unit) const {
         const std::int64_t block_steps = unit == Unit::fp32 ? block_units : 2 * block_units;
         for (std::int64_t p = 0; p < depth; p += block_steps) {
             const std::int64_t steps = least(block_steps, depth - p), units = units_of(steps, unit);
             pack(right, unit, {col, cols, p, steps}, right_panels, scratch.right);
-            if (right_alpha != 1.0f)
-                for (std::int64_t i = 0; i < round_up(cols, tile_cols) * units; ++i) scratch.right[i] *= right_alpha;
             for (std::int64_t i = 0; i < rows; i += slice_rows) {
                 const std::int64_t slice = least(slice_rows, rows - i);
                 pack(left, unit, {row + i, slice, p, steps}, left_panels, scratch.left);
@@ -117,7 +123,10 @@ struct Task {
     }
 
     void add_low_rank() const {
-        if (product.rank) add_product(product.low_left, product.low_right, product.rank, product.low_alpha, Unit::fp32);
+        if (!product.rank) return;
+        // Both sides are rounded where the output keeps no more.
+        const Unit unit = product.out_dtype == DType::bf16 ? paired : Unit::fp32;
+        add_product(product.low_left, product.low_right, product.rank, unit);
     }
 
     void add_main() const {
@@ -127,17 +136,13 @@ struct Task {
                 for (std::int64_t j = 0; j < cols; ++j) at(i)[j] += scratch.line[j];
             }
         }
-        add_product(product.left, product.right, product.depth, 1.0f, main_unit());
+        if (product.depth) add_product(product.left, product.right, product.depth, main_unit());
     }
 
-    // bf16 pairs only where both sides hold no more bits than bf16 does, and nothing is dropped on the way.
+    // bf16 pairs where both sides hold no more bits than bf16 does, or one of them and the other may be rounded.
     Unit main_unit() const {
-#if PYADAPT_PAIRS
-        const bool exact = product.left.dtype == DType::bf16 && !product.left.dropout && !product.right.dropout &&
-                           (product.right.dtype == DType::bf16 || product.right.dtype == DType::i8);
-        if (exact) return Unit::bf16_pair;
-#endif
-        return Unit::fp32;
+        const bool left = is_short(product.left), right = is_short(product.right);
+        return (left && right) || (product.rounds && (left || right)) ? paired : Unit::fp32;
     }
 
     void scale() const {

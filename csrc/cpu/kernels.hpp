@@ -20,12 +20,13 @@ struct Operand {
     bool along_depth = true;             // which of the two strides is 1: memory is read along that axis
     const float* depth_scale = nullptr;  // multiplies element (i, p) by depth_scale[p]: g scale[n] in dx
     const Dropout* dropout = nullptr;    // drop(x): the axis of unit stride is k, the other m
+    float alpha = 1.0f;                  // multiplies every element
 };
 
 // out (rows, cols) = left (rows, depth) right (cols, depth)', with a low-rank term in the same tile.
 //
-//   forward:  out = alpha (left right') col_scale + low_alpha low_left low_right' + bias
-//   dx:       out = drop(low_alpha low_left low_right') + left right'
+//   forward:  out = alpha (left right') col_scale + low_left low_right' + bias
+//   dx:       out = drop(low_left low_right') + left right'
 struct Gemm {
     std::int64_t rows = 0, cols = 0, depth = 0;
     Operand left, right;
@@ -34,10 +35,10 @@ struct Gemm {
     std::int64_t rank = 0;  // 0: no low-rank term
     Operand low_left;       // (rows, rank)
     Operand low_right;      // (cols, rank)
-    float low_alpha = 1.0f;
     const Dropout* low_dropout = nullptr;  // the mask of dx; the low-rank term comes first then
 
     float alpha = 1.0f;                // multiplies the product
+    bool rounds = false;               // beside a side in bf16 the other may be rounded to it (sums stay in fp32)
     const float* col_scale = nullptr;  // the row scale of an int8 weight
     const void* bias = nullptr;
     DType bias_dtype = DType::f32;
@@ -89,6 +90,24 @@ struct DequantizeRows {
     int threads = 1;
 };
 
+// out = a scale + shift, dot[n] = sum over m of a[m, n] b[m, n].
+struct Columns {
+    std::int64_t rows = 0, cols = 0;
+    const void* a = nullptr;
+    DType a_dtype = DType::f32;
+    std::int64_t a_stride = 0;
+    const void* b = nullptr;  // null: no sums
+    DType b_dtype = DType::f32;
+    std::int64_t b_stride = 0;
+    const float* scale = nullptr;  // null: ones
+    const float* shift = nullptr;  // null: zeros
+    void* out = nullptr;           // may be a; null: only the sums are wanted
+    DType out_dtype = DType::f32;
+    std::int64_t out_stride = 0;
+    float* dot = nullptr;
+    int threads = 1;
+};
+
 // A range of depth steps.
 struct Steps {
     std::int64_t first, count;
@@ -118,6 +137,29 @@ struct SegmentStage {
     std::int64_t count;
 };
 
+// LoKr's term of a layer, tokens by rows: y += (scaling factors) * (x kron(w1, w2)'), w2 = up down, or down where up is
+// null. Factors are dense fp32: w1 (a, c), down (h, d), up (b, h); x (M, c d), y and g (M, a b).
+struct Kron {
+    std::int64_t M = 0, a = 0, b = 0, c = 0, d = 0, h = 0;
+    const float *w1 = nullptr, *down = nullptr, *up = nullptr;
+    float scaling = 1.0f;
+    const float* factors = nullptr;  // (a b): what dropping makes of each output feature; null for ones
+    const void* x = nullptr;
+    DType x_dtype = DType::f32;
+    std::int64_t x_stride = 0;
+    void* y = nullptr;  // forward, in place
+    DType y_dtype = DType::f32;
+    std::int64_t y_stride = 0;
+    const void* g = nullptr;  // backward
+    DType g_dtype = DType::f32;
+    std::int64_t g_stride = 0;
+    void* dx = nullptr;  // in place; null where nobody asks for it
+    DType dx_dtype = DType::f32;
+    std::int64_t dx_stride = 0;
+    float *dw1 = nullptr, *d_down = nullptr, *d_up = nullptr;  // as w1, down and up
+    int threads = 1;
+};
+
 constexpr int most_products = 2;
 constexpr int most_stages = 2;
 
@@ -130,6 +172,9 @@ struct Kernels {
     void (*dequantize_rows)(const DequantizeRows&);
     // Any number of products, in one team: at most most_stages stages of them.
     void (*segments)(const SegmentStage* stages, int count, int threads);
+    void (*columns)(const Columns&);
+    void (*kron_forward)(const Kron&);
+    void (*kron_backward)(const Kron&);
 };
 
 }  // namespace pyadapt::cpu

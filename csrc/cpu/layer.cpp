@@ -39,8 +39,7 @@ void add_epilogue(Gemm& product, const Weight& weight) {
 void add_low_rank(Gemm& product, const Tensor& S, const Adapter& adapter) {
     product.rank = S.sizes[1];
     product.low_left = rows_of(S);
-    product.low_right = rows_of(*adapter.B);
-    product.low_alpha = static_cast<float>(adapter.scaling);
+    product.low_right = times(adapter.scaling, rows_of(*adapter.B));
 }
 
 void add_low_rank_dx(Gemm& product, const Tensor& dS, const Adapter& adapter) {
@@ -96,11 +95,24 @@ void run_g_passes(const Tensor& g, const Adapter& adapter, const Tensor& S, cons
     Gemm to_dS = product_into(dS, rows_of(g), columns_of(*adapter.B), g.sizes[1], threads);
     Gemm to_dB = product_into(dB, columns_of(g), columns_of(S), g.sizes[0], threads);
     to_dS.alpha = to_dB.alpha = static_cast<float>(adapter.scaling);
+    to_dS.rounds = to_dB.rounds = true;
     run(to_dS, to_dB);
 }
 
-Gemm dA_product(const Tensor& dS, const Tensor& x, const Adapter& adapter, const Tensor& dA, int threads) {
-    return product_into(dA, columns_of(dS), dropped(columns_of(x), adapter.dropout), x.sizes[0], threads);
+// The mask without its scale, which multiplies the product: what is kept of a bf16 x is still bf16.
+Dropout mask_of(const Adapter& adapter) {
+    Dropout mask = adapter.dropout;
+    mask.scale = 1.0f;
+    return mask;
+}
+float mask_scale(const Adapter& adapter) { return adapter.dropout.threshold ? adapter.dropout.scale : 1.0f; }
+
+Gemm dA_product(const Tensor& dS, const Tensor& x, const Adapter& adapter, const Dropout& mask, const Tensor& dA,
+                int threads) {
+    Gemm product = product_into(dA, columns_of(dS), dropped(columns_of(x), mask), x.sizes[0], threads);
+    product.alpha = mask_scale(adapter);
+    product.rounds = true;
+    return product;
 }
 
 // --- checks ---
@@ -123,16 +135,30 @@ void check_gradients(const Tensor& g, const Tensor& x, const Adapter& adapter, c
 
 }  // namespace
 
-void linear_forward(const Tensor& x, const Weight& weight, const Tensor& y, bool skinny, int threads) {
+void linear_forward(const Tensor& x, const Weight& weight, const Tensor& y, bool skinny, int threads,
+                    const Tensor* input_scale) {
     check_two_dimensional(x);
     check_two_dimensional(*weight.values);
     const std::int64_t M = x.sizes[0], K = x.sizes[1], N = weight.values->sizes[0];
     check_matrix(x, {"M", M}, {"K", K});
-    check_weight(weight, N, K);
+    check_weight(weight, N, K, true);
     check_per_output(weight, N);
     check_result(y, {"M", M}, {"N", N});
-    if (skinny && weight.values->strides[1] == 1) return kernels().skinny(skinny_layer(x, weight, y, threads));
-    run(forward_product(x, weight, y, threads));
+    const float* scale = nullptr;
+    if (input_scale) {
+        check_shape(*input_scale, {"K", K});
+        check_dtype(*input_scale, DType::f32);
+        check_rows(*input_scale);
+        scale = static_cast<const float*>(input_scale->data);
+    }
+    if (skinny && weight.values->strides[1] == 1) {
+        Skinny layer = skinny_layer(x, weight, y, threads);
+        layer.x.depth_scale = scale;
+        return kernels().skinny(layer);
+    }
+    Gemm product = forward_product(x, weight, y, threads);
+    product.left.depth_scale = scale;
+    run(product);
 }
 
 void linear_dx(const Tensor& g, const Weight& weight, const Tensor& dx, int threads) {
@@ -140,13 +166,13 @@ void linear_dx(const Tensor& g, const Weight& weight, const Tensor& dx, int thre
     check_two_dimensional(*weight.values);
     const std::int64_t M = g.sizes[0], N = g.sizes[1], K = weight.values->sizes[1];
     check_matrix(g, {"M", M}, {"N", N});
-    check_weight(weight, N, K);
+    check_weight(weight, N, K, true);
     check_per_output(weight, N);
     check_result(dx, {"M", M}, {"K", K});
     run(dx_product(g, weight, dx, threads));
 }
 
-void lora_shrink(const Tensor& x, const Adapter& adapter, const Tensor& S, int threads) {
+void lora_shrink(const Tensor& x, const Adapter& adapter, const Tensor& S, DType out, int threads) {
     check_two_dimensional(x);
     check_two_dimensional(*adapter.A);
     const std::int64_t M = x.sizes[0], K = x.sizes[1], r = adapter.A->sizes[0];
@@ -154,7 +180,11 @@ void lora_shrink(const Tensor& x, const Adapter& adapter, const Tensor& S, int t
     check_matrix(*adapter.A, {"r", r}, {"K", K});
     check_result(S, {"M", M}, {"r", r});
     check_dtype(S, DType::f32);
-    run(product_into(S, dropped(rows_of(x), adapter.dropout), rows_of(*adapter.A), K, threads));
+    const Dropout mask = mask_of(adapter);
+    Gemm product = product_into(S, dropped(rows_of(x), mask), rows_of(*adapter.A), K, threads);
+    product.alpha = mask_scale(adapter);
+    product.rounds = out == DType::bf16;
+    run(product);
 }
 
 void lora_forward(const Tensor& x, const Weight& weight, const Adapter& adapter, const Tensor& y, const Tensor& S,
@@ -167,7 +197,7 @@ void lora_forward(const Tensor& x, const Weight& weight, const Adapter& adapter,
     check_per_output(weight, N);
     check_matrix(*adapter.B, {"N", N}, {"r", r});
     check_result(y, {"M", M}, {"N", N});
-    lora_shrink(x, adapter, S, threads);
+    lora_shrink(x, adapter, S, y.dtype, threads);
     if (skinny && weight.values->strides[1] == 1 && (S.strides[0] == r || M <= 1)) {
         Skinny layer = skinny_layer(x, weight, y, threads);
         layer.rank = r;
@@ -200,7 +230,17 @@ void lora_gradients(const Tensor& g, const Tensor& x, const Adapter& adapter, co
                     const Tensor& dA, const Tensor& dB, int threads) {
     check_gradients(g, x, adapter, S, dS, dA, dB);
     run_g_passes(g, adapter, S, dS, dB, threads);
-    run(dA_product(dS, x, adapter, dA, threads));
+    run(dA_product(dS, x, adapter, mask_of(adapter), dA, threads));
+}
+
+void lora_input_gradient(const Tensor& dS, const Tensor& x, const Adapter& adapter, const Tensor& dA, int threads) {
+    check_two_dimensional(x);
+    check_two_dimensional(dS);
+    const std::int64_t M = x.sizes[0], K = x.sizes[1], r = dS.sizes[1];
+    check_matrix(x, {"M", M}, {"K", K});
+    check_matrix(dS, {"M", M}, {"r", r});
+    check_result(dA, {"r", r}, {"K", K});
+    run(dA_product(dS, x, adapter, mask_of(adapter), dA, threads));
 }
 
 void lora_expand_dx(const Tensor& dS, const Adapter& adapter, const Tensor& dx, int threads) {
@@ -229,7 +269,8 @@ void lora_backward(const Tensor& g, const Tensor& x, const Weight& weight, const
     const Tensor dS = {"dS", memory.data(), DType::f32, 2, {M, r}, {r, 1}};
     check_gradients(g, x, adapter, S, dS, dA, dB);
     run_g_passes(g, adapter, S, dS, dB, threads);
-    const Gemm to_dA = dA_product(dS, x, adapter, dA, threads);
+    const Dropout mask = mask_of(adapter);
+    const Gemm to_dA = dA_product(dS, x, adapter, mask, dA, threads);
     if (!dx) return run(to_dA);
     Gemm to_dx = dx_product(g, weight, *dx, threads);
     add_low_rank_dx(to_dx, dS, adapter);

@@ -16,9 +16,10 @@ struct Adapter {
     Dropout dropout;
 };
 
-// y = x W' scale + bias
-void linear_forward(const Tensor& x, const Weight& weight, const Tensor& y, bool skinny, int threads);
-// dx = g W
+// y = (x input_scale) W' scale + bias; the input's scale (K,) may be null, and a W of any dtype may have one here
+void linear_forward(const Tensor& x, const Weight& weight, const Tensor& y, bool skinny, int threads,
+                    const Tensor* input_scale = nullptr);
+// dx = (g scale) W
 void linear_dx(const Tensor& g, const Weight& weight, const Tensor& dx, int threads);
 
 // S = drop(x) A', y = x W' scale + bias + s S B'
@@ -28,13 +29,15 @@ void lora_forward(const Tensor& x, const Weight& weight, const Adapter& adapter,
 void lora_backward(const Tensor& g, const Tensor& x, const Weight& weight, const Adapter& adapter, const Tensor& S,
                    const Tensor* dx, const Tensor& dA, const Tensor& dB, int threads);
 
-// S = drop(x) A'
-void lora_shrink(const Tensor& x, const Adapter& adapter, const Tensor& S, int threads);
+// S = drop(x) A', as exact as an output of that dtype asks for
+void lora_shrink(const Tensor& x, const Adapter& adapter, const Tensor& S, DType out, int threads);
 // y = y scale + bias + s S B', in place; of the weight only scale and bias are read
 void lora_expand(const Tensor& S, const Adapter& adapter, const Weight& weight, const Tensor& y, int threads);
 // dS = s g B, dB = s g' S, dA = dS' drop(x)
 void lora_gradients(const Tensor& g, const Tensor& x, const Adapter& adapter, const Tensor& S, const Tensor& dS,
                     const Tensor& dA, const Tensor& dB, int threads);
+// dA = dS' drop(x)
+void lora_input_gradient(const Tensor& dS, const Tensor& x, const Adapter& adapter, const Tensor& dA, int threads);
 // dx = dx + mask(dS A), in place
 void lora_expand_dx(const Tensor& dS, const Adapter& adapter, const Tensor& dx, int threads);
 

@@ -18,5 +18,9 @@ inline Operand dropped(Operand operand, const Dropout& dropout) {
     if (dropout.threshold) operand.dropout = &dropout;
     return operand;
 }
+inline Operand times(double alpha, Operand operand) {
+    operand.alpha = static_cast<float>(alpha);
+    return operand;
+}
 
 }  // namespace pyadapt::cpu

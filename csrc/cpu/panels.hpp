@@ -50,9 +50,10 @@ static void widen_run(const Operand& from, std::int64_t row, std::int64_t depth,
     if (from.depth_scale) {
         for (std::int64_t i = 0; i < count; ++i) to[i] *= from.depth_scale[from.along_depth ? depth + i : depth];
     }
-    if (!from.dropout) return;
-    if (from.along_depth) drop(*from.dropout, row, depth, count, to);
-    else drop(*from.dropout, depth, row, count, to);
+    if (from.alpha != 1.0f)
+        for (std::int64_t i = 0; i < count; ++i) to[i] *= from.alpha;
+    if (from.dropout && from.along_depth) drop(*from.dropout, row, depth, count, to);
+    else if (from.dropout) drop(*from.dropout, depth, row, count, to);
 }
 
 // fp32 scratch to bf16 in place of its first half; the odd step is padded with zero.
@@ -60,6 +61,10 @@ static void narrow_to_pairs(float* run, std::int64_t count) {
     auto* halves = reinterpret_cast<std::uint16_t*>(run);
     for (std::int64_t i = 0; i < count; i += width) store(halves + i, to_bf16(load<Floats>(run + i)));
     if (count % 2) __builtin_memset(halves + count, 0, sizeof *halves);
+}
+
+static bool is_plain_bf16(const Operand& from) {
+    return from.dtype == DType::bf16 && !from.depth_scale && !from.dropout && from.alpha == 1.0f;
 }
 
 // One panel whose rows are runs along the depth: widen each row, then transpose.
@@ -72,7 +77,7 @@ static void pack_panel(const Operand& from, Unit unit, const Block& block, std::
             const std::int64_t row = block.row + i + j;
             if (i + j >= block.rows) {
                 __builtin_memset(runs[j], 0, units * sizeof(float));
-            } else if (unit == Unit::bf16_pair && from.dtype == DType::bf16 && !from.depth_scale) {
+            } else if (unit == Unit::bf16_pair && is_plain_bf16(from)) {
                 const auto* at = static_cast<const std::uint16_t*>(from.data) + row * from.row_stride + block.depth;
                 runs[j][units - 1] = 0.0f;  // the pad of an odd depth
                 __builtin_memcpy(runs[j], at, block.steps * sizeof *at);

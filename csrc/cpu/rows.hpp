@@ -80,30 +80,44 @@ static inline void narrow(const float* from, void* data, DType dtype, std::int64
 
 // --- dropout ---
 
-// The draws of 2 width elements of row m, from column k on, k a multiple of 4: draws[i] belongs to column k + i.
+// Chains of rounds that run side by side: one alone would wait for its multiplications.
+constexpr int philox_chains = PYADAPT_WIDTH == 16 ? 4 : 2;
+constexpr std::int64_t draws_at_once = philox_chains * 2 * width;
+
+// The draws of draws_at_once elements of row m, from column k on, k a multiple of 4: draws[i] belongs to column k + i.
 PYADAPT_INLINE void philox_draws(const Dropout& dropout, std::int64_t m, std::int64_t k, std::uint32_t* draws) {
     // One counter a 64-bit lane: the upper halves hold rubbish that neither multiply_low nor the result looks at.
+    Longs c0[philox_chains], c1[philox_chains], c2[philox_chains], c3[philox_chains];
     Longs group = Longs{} + static_cast<std::uint64_t>(k / 4);
     for (int lane = 0; lane < width / 2; ++lane) group[lane] += lane;
-    Longs c0 = group & 0xffffffffu;
-    Longs c1 = Longs{} + (static_cast<std::uint64_t>(m) & 0xffffffffu);
-    Longs c2 = Longs{} + (static_cast<std::uint64_t>(m) >> 32);
-    Longs c3 = {};
+#pragma GCC unroll 4
+    for (int i = 0; i < philox_chains; ++i) {
+        c0[i] = (group + static_cast<std::uint64_t>(i * width / 2)) & 0xffffffffu;
+        c1[i] = Longs{} + (static_cast<std::uint64_t>(m) & 0xffffffffu);
+        c2[i] = Longs{} + (static_cast<std::uint64_t>(m) >> 32);
+        c3[i] = Longs{};
+    }
     std::uint32_t key0 = dropout.key[0], key1 = dropout.key[1];
     for (int round = 0; round < philox::rounds; ++round) {
-        const Longs product0 = multiply_low(c0, philox::multiplier[0]);
-        const Longs product1 = multiply_low(c2, philox::multiplier[1]);
-        c0 = (product1 >> 32) ^ c1 ^ static_cast<std::uint64_t>(key0);
-        c1 = product1;
-        c2 = (product0 >> 32) ^ c3 ^ static_cast<std::uint64_t>(key1);
-        c3 = product0;
+#pragma GCC unroll 4
+        for (int i = 0; i < philox_chains; ++i) {
+            const Longs product0 = multiply_low(c0[i], philox::multiplier[0]);
+            const Longs product1 = multiply_low(c2[i], philox::multiplier[1]);
+            c0[i] = (product1 >> 32) ^ c1[i] ^ static_cast<std::uint64_t>(key0);
+            c1[i] = product1;
+            c2[i] = (product0 >> 32) ^ c3[i] ^ static_cast<std::uint64_t>(key1);
+            c3[i] = product0;
+        }
         key0 += philox::weyl[0];
         key1 += philox::weyl[1];
     }
-    const Longs lanes01 = (c0 & 0xffffffffu) | (c1 << 32);
-    const Longs lanes23 = (c2 & 0xffffffffu) | (c3 << 32);
-    store(draws, zip_low(lanes01, lanes23));
-    store(draws + width, zip_high(lanes01, lanes23));
+#pragma GCC unroll 4
+    for (int i = 0; i < philox_chains; ++i) {
+        const Longs lanes01 = (c0[i] & 0xffffffffu) | (c1[i] << 32);
+        const Longs lanes23 = (c2[i] & 0xffffffffu) | (c3[i] << 32);
+        store(draws + 2 * i * width, zip_low(lanes01, lanes23));
+        store(draws + (2 * i + 1) * width, zip_high(lanes01, lanes23));
+    }
 }
 
 // drop() in place on the fp32 values of row m, columns [k, k + count), k a multiple of 4.
@@ -115,10 +129,10 @@ static inline void drop(const Dropout& dropout, std::int64_t m, std::int64_t k, 
     }
     const Words threshold = Words{} + static_cast<std::uint32_t>(dropout.threshold);
     const Floats scale = broadcast(dropout.scale);
-    std::uint32_t draws[2 * width];
-    for (std::int64_t i = 0; i < count; i += 2 * width) {
+    std::uint32_t draws[draws_at_once];
+    for (std::int64_t i = 0; i < count; i += draws_at_once) {
         philox_draws(dropout, m, k + i, draws);
-        for (std::int64_t part = 0; part < 2 * width && i + part < count; part += width) {
+        for (std::int64_t part = 0; part < draws_at_once && i + part < count; part += width) {
             const Words draw = load<Words>(draws + part);
             float* at = values + i + part;
             const std::int64_t rest = count - i - part;

@@ -126,6 +126,8 @@ void skinny(const Skinny& layer) {
     for (std::int64_t m = 0; m < layer.rows; ++m) {
         float* row = x + m * layer.depth;
         widen(layer.x.data, layer.x.dtype, m * layer.x.row_stride, layer.depth, row);
+        if (layer.x.depth_scale)
+            for (std::int64_t k = 0; k < layer.depth; ++k) row[k] *= layer.x.depth_scale[k];
         if (layer.x.dropout) drop(*layer.x.dropout, m, 0, layer.depth, row);
     }
     const std::int64_t groups = (layer.cols + cols_at_once - 1) / cols_at_once;

@@ -11,8 +11,12 @@ void skinny(const Skinny&);
 void quantize_rows(const QuantizeRows&);
 void dequantize_rows(const DequantizeRows&);
 void segments(const SegmentStage* stages, int count, int threads);
+void columns(const Columns&);
+void kron_forward(const Kron&);
+void kron_backward(const Kron&);
 
 extern const Kernels kernels;
-const Kernels kernels = {PYADAPT_TEXT(PYADAPT_ISA), gemm, skinny, quantize_rows, dequantize_rows, segments};
+const Kernels kernels = {PYADAPT_TEXT(PYADAPT_ISA), gemm, skinny, quantize_rows, dequantize_rows, segments,
+                         columns, kron_forward, kron_backward};
 
 }  // namespace pyadapt::cpu::PYADAPT_ISA

@@ -9,14 +9,24 @@ from torch import nn
 
 from ..surgery import adopt, is_adopted_by
 from .calls import Calls
+from .diffusion import DiffusionVerbs
 from .reports import Reports
 from .saving import FileVerbs
+from .schedules import Schedules
 from .state import AdapterState, forget_adapters
 
-__all__ = ["AdaptedGenerator", "AdaptedModel", "AdapterState", "forget_adapters", "is_wrapped", "make_adapted"]
+__all__ = [
+    "AdaptedDiffusion",
+    "AdaptedGenerator",
+    "AdaptedModel",
+    "AdapterState",
+    "forget_adapters",
+    "is_wrapped",
+    "make_adapted",
+]
 
 
-class AdaptedModel(FileVerbs, Reports, Calls):
+class AdaptedModel(FileVerbs, Reports, Schedules, Calls):
     """Mixin of a wrapped model. The object, its class name and its state-dict keys stay those of the user's model."""
 
 
@@ -32,6 +42,10 @@ class AdaptedGenerator(AdaptedModel):
             return generate(*args, **kwargs)
 
 
+class AdaptedDiffusion(DiffusionVerbs, AdaptedModel):
+    """Mixin of a wrapped model of diffusers."""
+
+
 def is_wrapped(model: nn.Module) -> TypeGuard[AdaptedModel]:
     """Whether `model` carries adapters of pyadapt."""
     return is_adopted_by(model, AdaptedModel)
@@ -41,19 +55,27 @@ def make_adapted(model: nn.Module) -> AdaptedModel:
     """Turn a plain model into an adapted one that has no adapters yet: its weights are frozen."""
     trained = frozenset(name for name, parameter in model.named_parameters() if parameter.requires_grad)
     checkpointing = _is_checkpointing(model)
-    model = adopt(model, AdaptedGenerator if hasattr(model, "generate") else AdaptedModel)
+    model = adopt(model, _mixin(model))
     model.peft_config = {}
     model.adapter_state = AdapterState(trained_before=trained)
     model._hf_peft_config_loaded = True
     model.requires_grad_(False)
-    if checkpointing:
-        # A checkpointed block whose inputs need no gradient is skipped by backward, and nothing would train.
+    if checkpointing and hasattr(model, "enable_input_require_grads"):
+        # A checkpointed block whose inputs need no gradient is skipped by backward, and nothing would train; diffusers
+        # recomputes in the way that does not ask for it.
         cast(Any, model).enable_input_require_grads()
     return model
 
 
+def _mixin(model: nn.Module) -> type[AdaptedModel]:
+    if hasattr(model, "generate"):
+        return AdaptedGenerator
+    # A name that diffusers' models have, and no others.
+    return AdaptedDiffusion if hasattr(model, "load_lora_adapter") else AdaptedModel
+
+
 def _is_checkpointing(model: nn.Module) -> bool:
-    """Whether transformers recomputes activations in this model (the name changed in its version 5)."""
+    """Whether transformers (whose version 5 changed the name) or diffusers recomputes activations in this model."""
     names = ("is_activation_checkpointing", "is_gradient_checkpointing")
     known = next((name for name in names if hasattr(type(model), name)), None)
     return known is not None and bool(getattr(model, known))

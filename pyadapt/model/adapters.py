@@ -10,6 +10,7 @@ from .. import attach, checkpoint
 from ..config import AdapterConfig, as_config
 from ..files import Path
 from ..planning import prepare
+from ..resuming import fill_training_state, read_training_state
 from . import hotswapping, scaling, weighting
 from .arguments import check_only
 from .merges import MergeVerbs
@@ -49,7 +50,7 @@ class AdapterVerbs(MergeVerbs):
         low_cpu_mem_usage: bool = False,
         **hub: Any,
     ) -> None:
-        """Add the adapter that lies in the folder (or hub repository) `path`; see `pyadapt.load`.
+        """Add the adapter that lies in the folder, hub repository or file `path`; see `pyadapt.load`.
 
         Raises:
             AdapterFileError: the files are missing, damaged or do not fit; the model is unchanged.
@@ -57,9 +58,11 @@ class AdapterVerbs(MergeVerbs):
         attach.check_adapter_name(adapter_name, list(self.peft_config))
         read = checkpoint.read_adapter(self, path, strict=strict, adapter_dtype=adapter_dtype, **hub)
         wholes = read.wholes(self, units=low_cpu_mem_usage)
+        state = read_training_state(read.folder) if is_trainable else {}
         self.add_planned(read.plan, adapter_name, trainable=is_trainable, values=wholes)
         try:
             checkpoint.fill_adapter(self, adapter_name, read.besides(wholes))
+            fill_training_state(self, adapter_name, state)
         except BaseException:
             self.delete_adapter(adapter_name)
             raise

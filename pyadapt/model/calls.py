@@ -1,10 +1,12 @@
-"""Calling a wrapped model with an adapter for each row of the batch."""
+"""Calling a wrapped model: an adapter for each row of the batch, and terms that adapters add to the loss."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
 from typing import Any
+
+from torch import Tensor
 
 from . import mixing
 from .state import WithAdapters
@@ -16,6 +18,9 @@ class Calls(WithAdapters):
     def __call__(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """Call the model.
 
+        Where the output has a `loss`, the active adapters in training add their terms to it, if their method has one
+        (AdaLoRA's orthogonality).
+
         Args:
             args: as its own forward.
             adapter_names: the adapter for each row of the batch, `"__base__"` for none; by default the active ones
@@ -23,7 +28,8 @@ class Calls(WithAdapters):
             kwargs: as its own forward.
         """
         if adapter_names is None:
-            return super().__call__(*args, **kwargs)
+            outputs = super().__call__(*args, **kwargs)
+            return self._penalise(outputs) if self.adapter_state.penalised else outputs
         with self.mixed(adapter_names, args, kwargs):
             return super().__call__(*args, **kwargs)
 
@@ -35,3 +41,27 @@ class Calls(WithAdapters):
         self.check_not_merged("choose adapters by row")
         mixing.check_batch(names, args, kwargs)
         return mixing.mixed(self, names)
+
+    def adapter_penalty(self) -> Tensor | None:
+        """The sum of the terms that the active adapters in training add to the loss; None where they add nothing."""
+        total: Tensor | None = None
+        for method, config, units in self.adapter_state.penalised:
+            term = method.penalty(config, units)
+            if term is not None:
+                total = term if total is None else total + term.to(total.device)
+        return total
+
+    def _penalise(self, outputs: Any) -> Any:
+        """`outputs` with the adapters' terms in their loss, if they name one; a tuple does not."""
+        as_dict = isinstance(outputs, dict)
+        loss = outputs.get("loss") if as_dict else getattr(outputs, "loss", None)
+        if not isinstance(loss, Tensor) or isinstance(outputs, tuple):
+            return outputs
+        term = self.adapter_penalty()
+        if term is not None:
+            loss = loss + term.to(loss)
+            if as_dict:
+                outputs["loss"] = loss
+            else:
+                outputs.loss = loss
+        return outputs

@@ -47,7 +47,7 @@ def hotswap(model: AdapterVerbs, name: str, path: Path, strict: bool = True, **h
         return False
     checkpoint.fill_adapter(model, name, read.beside_units())
     # Without a start of its own (PiSSA), an adapter's first values do nothing.
-    at_rest = old.replaced(init_lora_weights=True)
+    at_rest = old.replaced(init_lora_weights=True, init_weights=True)
     with torch.no_grad():
         for layer_path, unit in units.items():
             if layer_path in values:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from torch import Tensor, nn
 
 from .. import attach
 from ..config import AdapterConfig
+from ..layer import adapted_layers
+from ..method import METHODS, AdapterUnit, LayerMethod
 from ..planning import Plan
+from ..tokens import TokenUnit
 
 
 @dataclass
@@ -21,12 +25,14 @@ class AdapterState:
         enabled: False while adapters are disabled.
         merged: names of the adapters that are folded into the base weights.
         trained_before: names of the base parameters that required gradients before wrapping.
+        penalised: (method, configuration, units) of each adapter at work that adds a term to the loss.
     """
 
     active: list[str] = field(default_factory=list)
     enabled: bool = True
     merged: tuple[str, ...] = ()
     trained_before: frozenset[str] = frozenset()
+    penalised: tuple[tuple[type[LayerMethod], Any, tuple[AdapterUnit, ...]], ...] = ()
 
 
 class WithAdapters(nn.Module):
@@ -47,8 +53,9 @@ class WithAdapters(nn.Module):
     ) -> None:
         """Add the adapter that `plan` describes (see `planning.make_plan`), with `values` as in `attach.attach`."""
         self.check_not_merged("add an adapter")
-        attach.attach(self, plan, name, values)
+        # First of all: an adapter may be fit to serve, but not to be trained.
         config = plan.config.replaced(inference_mode=not trainable)
+        attach.attach(self, replace(plan, config=config), name, values)
         if config.base_model_name_or_path is None:
             config = config.replaced(base_model_name_or_path=getattr(self, "name_or_path", None) or None)
         if config.task_type is None:
@@ -68,6 +75,16 @@ class WithAdapters(nn.Module):
         for name in self.peft_config if names is None else names:
             is_trained = name in state.active and not self.peft_config[name].inference_mode
             attach.set_trainable(self, name, is_trained)
+        state.penalised = tuple(
+            (METHODS[config.peft_type], config, tuple(self.units_of(name)))
+            for name in (state.active if state.enabled and not state.merged else ())
+            if METHODS[(config := self.peft_config[name]).peft_type].has_penalty and not config.inference_mode
+        )
+
+    def units_of(self, name: str) -> list[AdapterUnit]:
+        """The units that the method of the adapter called `name` has put on layers, in the model's order."""
+        found = [layer.unit(name) for _, layer in adapted_layers(self)]
+        return [unit for unit in found if unit is not None and not isinstance(unit, TokenUnit)]
 
     def names_or_all(self, names: str | Sequence[str] | None) -> list[str]:
         """One name, several or None for all, as a list."""

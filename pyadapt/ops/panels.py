@@ -10,7 +10,10 @@ the scale (about the largest weight of the row), the panel the 128th of the inte
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from pyadapt.native import device_kind
 
 from . import kernels
 from .philox import dropout
@@ -107,8 +110,10 @@ def lora_forward(
     """(y, S)."""
     if native_serves(x, x.dtype, out_dtype):
         native = kernels.of(x)
-        S = native.shrink(x, A, dropout_p, seed)
+        S = native.shrink(x, A, dropout_p, seed, out_dtype)
         with torch.autocast(x.device.type, enabled=False):
+            if _has_bf16_gemm(x, weight.dtype, out_dtype, x.dtype if bias is None else bias.dtype):
+                return F.linear(x, weight, bias).addmm_(S.to(x.dtype), B.to(x.dtype).t(), alpha=scaling), S
             y, lacking = times_weight_t(x, weight, weight_scale)
         return native.expand_(y.to(out_dtype), S, B, lacking, bias, scaling), S
     with torch.autocast(x.device.type, enabled=False):
@@ -132,6 +137,8 @@ def lora_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dx, dA, dB); dx is empty when it is not asked for."""
     dx = x.new_empty(0)
+    if native_serves(x, x.dtype, g.dtype) and _has_bf16_gemm(x, g.dtype):
+        return _bf16_backward(g, x, weight, weight_scale, A, B, S, scaling, dropout_p, seed, need_dx)
     if native_serves(x, x.dtype, g.dtype):
         native = kernels.of(x)
         scale = weight_scale if need_dx else None
@@ -149,3 +156,33 @@ def lora_backward(
         if need_dx:
             dx = linear_dx(g, weight, weight_scale, torch.float32) + dropout(dS @ A.float(), seed, dropout_p)
         return dx.to(x.dtype), dA.to(A.dtype), dB.to(B.dtype)
+
+
+def _has_bf16_gemm(x: Tensor, *dtypes: torch.dtype) -> bool:
+    """Whether torch's GEMM serves the low-rank passes as well: on a CPU in bf16, where it is the fastest."""
+    return device_kind(x) == "cpu" and all(dtype == torch.bfloat16 for dtype in (x.dtype, *dtypes))
+
+
+def _bf16_backward(
+    g: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    S: Tensor,
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    need_dx: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`lora_backward` where every product is one of bf16 matrices."""
+    dx, dropped = x.new_empty(0), dropout_p > 0
+    with torch.autocast("cpu", enabled=False):
+        dS = torch.mm(g, (scaling * B).to(g.dtype))
+        dB = torch.mm(g.t(), (scaling * S).to(g.dtype)).to(B.dtype)
+        dA = kernels.cpu.input_gradient(dS, x, A, dropout_p, seed) if dropped else torch.mm(dS.t(), x).to(A.dtype)
+        if need_dx:
+            dx = times_weight(scaled_for_dx(g, weight_scale), weight)
+            dx = kernels.cpu.expand_dx_(dx, dS, A, dropout_p, seed) if dropped else dx.addmm_(dS, A.to(g.dtype))
+    return dx, dA, dB

@@ -64,8 +64,8 @@ def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
     guarded = once_differentiable(backward)
 
     @functools.wraps(backward)
-    def run(ctx: Any, g: Tensor) -> Any:
-        return (guarded if is_grad_enabled() else backward)(ctx, g)
+    def run(ctx: Any, *gradients: Tensor) -> Any:
+        return (guarded if is_grad_enabled() else backward)(ctx, *gradients)
 
     return run
 

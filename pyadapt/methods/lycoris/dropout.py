@@ -27,8 +27,12 @@ def output_factors(
     if rank_dropout == 0 and module_dropout == 0:
         return None
     seed = draw_seed(x)
-    factors = keep_mask(seed, rank_dropout, 1, features, x.device)[0].to(torch.float32)
-    if rescale:
-        # Where none is kept there is nothing to stretch; 0 / 0 would be a NaN.
-        factors = factors * (features / factors.sum().clamp(min=1))
-    return factors * keep_mask(seed, module_dropout, 2, 1, x.device)[1]
+    factors = torch.ones(features, dtype=torch.float32, device=x.device)
+    if rank_dropout > 0:
+        factors = factors * keep_mask(seed, rank_dropout, 1, features, x.device)[0]
+        if rescale:
+            # Where none is kept there is nothing to stretch; 0 / 0 would be a NaN.
+            factors = factors * (features / factors.sum().clamp(min=1))
+    if module_dropout > 0:
+        factors = factors * keep_mask(seed, module_dropout, 2, 1, x.device)[1]
+    return factors

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from operator import le
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...base import BaseWeight
 from ...method import AdapterUnit
@@ -37,6 +39,25 @@ class LycorisUnit(AdapterUnit):
         if not self.training:
             return None
         return output_factors(x, features, self.rank_dropout, self.module_dropout, self.rescales)
+
+    def scaled(self) -> nn.Parameter:
+        """The parameter that takes another scaling of the update, in which the update is linear."""
+        raise NotImplementedError
+
+    def can_take(self, values: Mapping[str, Tensor], config: LycorisConfig) -> bool:
+        """See `AdapterUnit.can_take`; lower ranks are padded with zeros."""
+        own = self.by_file_key()
+        return own.keys() == values.keys() and all(
+            values[key].dim() == held.dim() and all(map(le, values[key].shape, held.shape)) for key, held in own.items()
+        )
+
+    def take(self, values: Mapping[str, Tensor], config: LycorisConfig, path: str) -> None:
+        """See `AdapterUnit.take`; the ratio of the scalings goes into `scaled`."""
+        for key, held in self.by_file_key().items():
+            value = values[key]
+            held.zero_()
+            held[tuple(slice(0, size) for size in value.shape)] = value.to(held.dtype)
+        self.scaled().mul_(config.scaling_of(path) / self.scaling)
 
     def extra_repr(self) -> str:
         """Scaling and dropouts, for `print(model)`."""

@@ -58,6 +58,21 @@ def linear_dx(g: Tensor, weight: Tensor, weight_scale: Tensor | None, x_dtype: t
     return dx
 
 
+def scaled_linear_forward(
+    x: Tensor,
+    input_scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor | None,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+    skinny: bool = False,
+) -> Tensor:
+    """y = (x input_scale) W' scale + bias."""
+    y = _new(x, weight.shape[0], out_dtype)
+    _core().scaled_linear_forward(x, input_scale, weight, weight_scale, bias, y, skinny, get_num_threads())
+    return y
+
+
 def lora_forward(
     x: Tensor,
     weight: Tensor,
@@ -128,10 +143,12 @@ def lora_backward(
     return dx, dA, dB
 
 
-def shrink(x: Tensor, A: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor:
-    """S = drop(x) A'."""
+def shrink(
+    x: Tensor, A: Tensor, dropout_p: float, seed: Tensor | None, out_dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """S = drop(x) A' in fp32, as exact as an output in ``out_dtype`` asks for: for bf16 A may be rounded to it."""
     S = _new(x, A.shape[0], torch.float32)
-    _core().lora_shrink(x, A, S, dropout_p, seed, get_num_threads())
+    _core().lora_shrink(x, A, S, dropout_p, seed, out_dtype == torch.bfloat16, get_num_threads())
     return S
 
 
@@ -184,10 +201,58 @@ def gradients(
     return dS, dA, dB, scaled_g
 
 
+def input_gradient(dS: Tensor, x: Tensor, A: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor:
+    """dA = dS' drop(x), shaped and stored as A."""
+    dA = _new_like(A)
+    _core().lora_input_gradient(dS, x, dA, dropout_p, seed, get_num_threads())
+    return dA
+
+
 def expand_dx_(dx: Tensor, dS: Tensor, A: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor:
     """dx = dx + mask(dS A), in place."""
     _core().lora_expand_dx(dS, A, dx, dropout_p, seed, get_num_threads())
     return dx
+
+
+def lokr_forward_(
+    y: Tensor, x: Tensor, w1: Tensor, down: Tensor, up: Tensor | None, factors: Tensor | None, scaling: float
+) -> Tensor:
+    """y = y + (s factors) * (x kron(w1, up down)'), in place; the matrices are fp32."""
+    _core().lokr_forward(x, w1, down, up, factors, y, scaling, get_num_threads())
+    return y
+
+
+def lokr_backward_(
+    dx: Tensor | None,
+    g: Tensor,
+    x: Tensor,
+    w1: Tensor,
+    down: Tensor,
+    up: Tensor | None,
+    factors: Tensor | None,
+    scaling: float,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(dw1, d_down, d_up), and the term's part added to dx, in place; the matrices are fp32."""
+    dw1, d_down, d_up = torch.empty_like(w1), torch.empty_like(down), None if up is None else torch.empty_like(up)
+    _core().lokr_backward(g, x, w1, down, up, factors, dx, dw1, d_down, d_up, scaling, get_num_threads())
+    return dw1, d_down, d_up
+
+
+def scale_columns(a: Tensor, scale: Tensor, shift: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+    """a scale + shift for a (M, N), scale and shift (N,) fp32, rounded once; ``out`` may be a."""
+    out = _new_like(a) if out is None else out
+    _core().scale_columns(a, scale, shift, None, out, None, get_num_threads())
+    return out
+
+
+def scale_columns_dot(a: Tensor, b: Tensor, scale: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+    """The sum over m of a[m, n] b[m, n], (N,) fp32; in the same pass a scale is written to ``out``, which may be a.
+
+    a, b and ``out`` may have any leading dimensions.
+    """
+    dot = torch.empty(a.shape[-1], dtype=torch.float32, device=_CPU)
+    _core().scale_columns(a, scale, None, b, out, dot, get_num_threads())
+    return dot
 
 
 def quantize_rows(w: Tensor) -> tuple[Tensor, Tensor]:

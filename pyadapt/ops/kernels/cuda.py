@@ -153,8 +153,10 @@ def lora_backward(
     return dx, dA, dB
 
 
-def shrink(x: Tensor, A: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor:
-    """S = drop(x) A'."""
+def shrink(
+    x: Tensor, A: Tensor, dropout_p: float, seed: Tensor | None, out_dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """S = drop(x) A' in fp32, to fp32's exactness for every ``out_dtype``."""
     r, K = A.shape
     S = x.new_empty((x.shape[0], r), dtype=torch.float32)
     scratch = _scratch(
