@@ -166,6 +166,15 @@ void scale_columns(py::handle a, py::handle scale, py::handle shift, py::handle 
                        team(threads));
 }
 
+// The sums over m of a[m, n] b[m, n] / divisor[n]; whether some |divisor| is below `least`.
+bool column_quotients(py::handle a, py::handle b, py::handle divisor, double least, py::handle dot, int threads) {
+    const Input a_(a, "a", dlpack::import_rows), b_(b, "b", dlpack::import_rows), divisor_(divisor, "divisor");
+    const Tensor dot_ = tensor(dot, "dot");
+    py::gil_scoped_release release;
+    cpu::scale_columns(a_, nullptr, nullptr, &b_.value, nullptr, &dot_, team(threads));
+    return cpu::divide_dots(dot_, divisor_, least);
+}
+
 // --- a batch in which each segment of rows has an adapter of its own ---
 
 // One matrix of every adapter, under names that errors can give: A[3].
@@ -281,6 +290,7 @@ PYBIND11_MODULE(_native, m) {
     m.def("quantize_rows", &quantize_rows);
     m.def("dequantize_rows", &dequantize_rows);
     m.def("scale_columns", &scale_columns);
+    m.def("column_quotients", &column_quotients);
     m.def("lora_rows_forward", &lora_rows_forward);
     m.def("lora_rows_backward", &lora_rows_backward);
     m.def("lokr_forward", &lokr_forward);

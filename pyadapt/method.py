@@ -263,7 +263,7 @@ class LayerMethod(abc.ABC):
 
     @staticmethod
     def after_step(name: str, config: Any, units: Sequence[Any], global_step: int) -> None:
-        """Do what training asks for after an optimizer step.
+        """Do what training asks for after an optimizer step; nothing where there is no schedule.
 
         Args:
             name: of the adapter, for messages.
@@ -271,7 +271,6 @@ class LayerMethod(abc.ABC):
             units: its units on all layers.
             global_step: how many steps were taken, this one included.
         """
-        raise NotImplementedError
 
     @staticmethod
     def penalty(config: Any, units: Sequence[Any]) -> Tensor | None:

@@ -110,7 +110,7 @@ def tie(targets: Targets, model: nn.Module, *, trained: bool = True) -> None:
                 "%s is trained apart from %s, whose weight it shares: merging gives it a weight of its own", named, rest
             )
         else:
-            told = _one_sided(used[0], named, rest)
+            told = _one_sided(targets.config, used[0], named, rest)
             if trained:
                 raise ValueError(told)
             logger.warning("%s. The file has it so: it is loaded as it is, and merging unties them", told)
@@ -194,12 +194,14 @@ def _is_head(model: nn.Module, path: str) -> bool:
     return base is not None and base.form == "linear"
 
 
-def _one_sided(way: str, named: list[str], rest: list[str]) -> str:
+def _one_sided(config: Any, way: str, named: list[str], rest: list[str]) -> str:
     it, they = ", ".join(named), ", ".join(rest)
     option = {"adapted": "target_modules", "trained whole": "modules_to_save"}.get(way, "trainable_token_indices")
+    # Not every method has an adapter that all readers of a weight can share.
+    follow = "ensure_weight_tying=True lets all of them follow; " if hasattr(config, "ensure_weight_tying") else ""
     return (
         f"{it} would be {way}, but its weight is also that of {they}, which would not follow. "
-        f"ensure_weight_tying=True lets all of them follow; naming {they} in {option} as well makes them independent"
+        f"{follow}naming {they} in {option} as well makes them independent"
     )
 
 

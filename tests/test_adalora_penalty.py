@@ -193,6 +193,14 @@ def test_outputs_that_name_none(answer):
         assert found.get("loss") is None
 
 
+def test_sharded_factors_are_refused():
+    """ZeRO-3 leaves empty vectors in the place of the factors, whose products are no error, but 0."""
+    model = wrapped()
+    model.units_of("default")[2].lora_B = nn.Parameter(torch.empty(0))
+    with pytest.raises(RuntimeError, match="orth_reg_weight=0 leaves it out"):
+        pyadapt.orthogonality(model)
+
+
 def test_a_model_without_adapters():
     with pytest.raises(ValueError, match="this PlainNet carries no adapters of pyadapt"):
         pyadapt.orthogonality(plain_module())

@@ -109,6 +109,30 @@ def test_parameters_without_a_gradient_count_as_zero():
     assert all(torch.equal(results[0][key], results[1][key]) for key in results[0])
 
 
+def test_16_bit_adapters_are_measured_in_32_bits():
+    """Of weights times gradients below 6e-8 nothing would be left in fp16."""
+    model = randomise(wrapped(adapter_dtype="float16"))
+    for parameter in factors(model).values():
+        parameter.grad = torch.full_like(parameter, 1e-7)
+    model.update_and_allocate(1)
+    for unit in units_of(model):
+        assert unit.sensitivity_A.dtype == torch.float32
+        assert_near(unit.sensitivity_A, 0.15 * (unit.lora_A.float() * unit.lora_A.grad.float()).abs().detach(), "layer")
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_steps_that_a_gradient_scaler_left_out_count_for_nothing(value):
+    """In peft one of them spoils all scores for good."""
+    model = randomise(wrapped()).train()
+    model(**model_batch("llama")).loss.backward()
+    model.update_and_allocate(1)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    for parameter in factors(model).values():
+        parameter.grad.fill_(value)
+    model.update_and_allocate(2)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
 def test_a_loop_that_steps_over_the_end_allocates_then():
     """peft allocates at the very step, and crashes at a later one if that was missed."""
     model = wrapped().train()

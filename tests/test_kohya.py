@@ -210,8 +210,9 @@ def test_half_precision_files(file):
 
 
 def test_each_layer_has_its_own_rank_and_alpha(file):
-    """Patterns hold for one path: neither for another with the same end, nor for one with any letter for a dot."""
-    model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), nn.Linear(4, 4))
+    """Targets and patterns mean one path, and not another with the same end: 0 is not 1.0, and not 2.0."""
+    pair = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model = nn.Sequential(nn.Linear(4, 4), pair, nn.Sequential(nn.Linear(4, 4)))
     tensors = {}
     for name, rank, alpha in (("0", 1, 5.0), ("1_0", 2, 3.0), ("1_1", 2, 3.0)):
         tensors[f"lycoris_{name}.lora_down.weight"] = torch.randn(rank, 4)
@@ -402,7 +403,7 @@ BAD = {
     "missing half": (one_layer(**{"lora_down.weight": None}), "lycoris_out_0: lora_down.weight is missing"),
     "misshapen": (one_layer(**{"lora_down.weight": torch.ones(2, 9)}), r"is \(2, 9\), and the layer needs \(2, 16\)"),
     "two ranks": (one_layer(**{"lora_up.weight": torch.ones(20, 3)}), r"is \(20, 3\), and the layer needs \(20, 2\)"),
-    "columns' norm": (one_layer(dora_scale=torch.ones(1, 16)), r"dora_scale is \(1, 16\): DoRA here has the norm of each of the 20 rows"),
+    "columns' norm": (one_layer(dora_scale=torch.ones(1, 16)), r"dora_scale is \(1, 16\): DoRA here has the norm of"),
     "some DoRA": (
         {**one_layer(dora_scale=torch.ones(20, 1)), "lycoris_out_2.lora_down.weight": torch.ones(2, 20),
          "lycoris_out_2.lora_up.weight": torch.ones(18, 2)},

@@ -11,8 +11,8 @@ struct Weight {
     const Tensor* bias;   // null: none
 };
 
-// values (N, K) with unit stride along either dimension, and a scale where they are int8: else none, unless any may have
-// one.
+// values (N, K) with unit stride along either dimension, and a scale where they are int8; others have one only if
+// `any_scaled`.
 void check_weight(const Weight& weight, std::int64_t N, std::int64_t K, bool any_scaled = false);
 // scale and bias (N,), where there are any.
 void check_per_output(const Weight& weight, std::int64_t N);

@@ -25,7 +25,7 @@ PYADAPT_INLINE Floats scaled(const Columns& job, Floats a, std::int64_t col) {
     return job.shift ? a + load<Floats>(job.shift + col) : a;
 }
 
-// R rows from `row` on, columns [col, col + cols), where a, b and out have one dtype; the rest of a vector is left over.
+// R rows from `row` on, columns [col, col + cols) but the rest of a vector, where a, b and out have one dtype.
 template <DType dtype, int R>
 void vectors(const Columns& job, std::int64_t row, std::int64_t col, std::int64_t cols, float* sums) {
     for (std::int64_t j = 0; j + width <= cols; j += width) {

@@ -1,5 +1,7 @@
 #include "ia3.hpp"
 
+#include <cmath>
+
 #include "../core/checks.hpp"
 #include "../core/error.hpp"
 #include "dispatch.hpp"
@@ -46,6 +48,18 @@ void scale_columns(const Tensor& a, const Tensor* scale, const Tensor* shift, co
     }
     job.threads = threads;
     kernels().columns(job);
+}
+
+bool divide_dots(const Tensor& dot, const Tensor& divisor, double least) {
+    const std::int64_t N = dot.sizes[0];
+    auto* dots = const_cast<float*>(floats_of(&dot, N));
+    const float* divisors = floats_of(&divisor, N);
+    bool small = false;
+    for (std::int64_t n = 0; n < N; ++n) {
+        small |= std::fabs(divisors[n]) < least;
+        dots[n] /= divisors[n];
+    }
+    return small;
 }
 
 }  // namespace pyadapt::cpu

@@ -9,5 +9,7 @@ namespace pyadapt::cpu {
 // Each of scale, shift and out may be null, b and dot both; out may be a.
 void scale_columns(const Tensor& a, const Tensor* scale, const Tensor* shift, const Tensor* b, const Tensor* out,
                    const Tensor* dot, int threads);
+// dot / divisor; true where some |divisor| is below `least`, so that its quotient is no use.
+bool divide_dots(const Tensor& dot, const Tensor& divisor, double least);
 
 }  // namespace pyadapt::cpu

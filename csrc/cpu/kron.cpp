@@ -3,11 +3,11 @@
 //   U = x down'    V = w1 U    y += scale V up'        a token's x as (c, d), its U as (c, h), V as (a, h), y as (a, b)
 //   G = scale g    dV = G up   dU = w1' dV   dx += dU down   dw1 = dV U'   d_down = dU' x   d_up = G' V
 //
-// h may be the rank of the right factor, less than a vector: what is mixed by w1 then lies transposed, V' and dU', so that
-// the vectors go along a and c.
+// h may be the rank of the right factor, less than a vector: what w1 mixes then lies transposed, V' and dU', so that the
+// vectors go along a and c.
 //
-// A task takes some tokens through all of it while they are in the cache: every product is small, and between memory and
-// memory lie x, g, y and dx alone, each read or written once. U and V are made again in backward.
+// A task takes some tokens through all of it while they are in the cache: every product is small, and only x, g, y and dx
+// go through memory, each once. U and V are made again in backward.
 //
 // A factor's gradient is a sum over tokens. It is cut into chunks whose number depends on shapes only, and the chunks
 // are added up in their order: results are the same bit by bit for any number of threads.
@@ -20,12 +20,12 @@
 namespace pyadapt::cpu::PYADAPT_ISA {
 namespace {
 
-constexpr std::int64_t tile_tokens_rows = 32;       // rows that a product of a task should have, so that factors are reused
-constexpr std::int64_t tile_floats = 1 << 16;       // of x and y in a task: they stay in L2
-constexpr std::int64_t chunk_tokens = 32;           // at least so many tokens share a partial sum
+constexpr std::int64_t task_rows = 32;         // that a product should have, so that factors are read for many
+constexpr std::int64_t task_floats = 1 << 16;  // of x and y: they stay in L2
+constexpr std::int64_t chunk_tokens = 32;      // at least so many tokens share a partial sum
 constexpr std::int64_t most_chunks = 64;
 constexpr std::int64_t most_partial_floats = 1 << 23;
-constexpr std::int64_t serial_work = 1 << 17;       // multiply-adds below which a team costs more than it saves
+constexpr std::int64_t serial_work = 1 << 17;  // multiply-adds below which a team costs more than it saves
 
 std::int64_t least(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
 std::int64_t pieces(std::int64_t n, std::int64_t size) { return (n + size - 1) / size; }
@@ -99,7 +99,7 @@ void multiply(std::int64_t rows, std::int64_t cols, std::int64_t depth, const Le
 
 // --- matrices between memory, where they lie without gaps, and rows of whole vectors ---
 
-// to (rows, padded(cols)) = scale * the matrix at data[at]. `line` has room for the matrix and a vector more; what comes
+// to (rows, padded(cols)) = scale * the matrix at data[at]. `line` has room for the matrix and a vector more. What comes
 // behind a row's end in `to` is left to chance, and nothing that counts is computed from it.
 void unpack(const void* data, DType dtype, std::int64_t at, std::int64_t rows, std::int64_t cols, const float* scale,
             float* line, float* to) {
@@ -162,7 +162,7 @@ struct Plan {
     float* scale = nullptr;  // of an output feature: (a, b)
 
     explicit Plan(const Kron& job) : job(job), a(job.a), b(job.b), c(job.c), d(job.d), h(job.h) {
-        while (tokens * least(a, c) < tile_tokens_rows && 2 * tokens * (a * bp + c * dp) <= tile_floats) tokens *= 2;
+        while (tokens * least(a, c) < task_rows && 2 * tokens * (a * bp + c * dp) <= task_floats) tokens *= 2;
     }
 
     std::int64_t shared_floats() const {

@@ -6,8 +6,8 @@
 
 namespace pyadapt::cpu {
 
-// y += (scaling factors) * (x kron(w1, up down)'); without `up` the right factor is `down`, and h is b. The matrices are
-// dense fp32; factors (a b) fp32, or null.
+// y += (scaling factors) * (x kron(w1, up down)'); without `up` the right factor is `down`, and h is b. The matrices
+// are dense fp32; factors (a b) fp32, or null.
 struct LokrTerm {
     const Tensor *w1, *down, *up, *factors;
     double scaling;

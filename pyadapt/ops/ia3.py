@@ -26,9 +26,11 @@ from torch import Tensor
 from pyadapt import native
 
 from . import kernels, panels, registry, routes
+from .columns import column_dots, scale_columns_, scaled_columns, scaled_with_dots
 from .linear import FrozenOwner, as_rows, compute_dtype, dense, frozen_dx, frozen_forward
 
 
+@functools.cache
 def least_factor(y_dtype: torch.dtype) -> float:
     """The |l| from which on the gradient is read off y: below it y / l is computed again.
 
@@ -38,44 +40,6 @@ def least_factor(y_dtype: torch.dtype) -> float:
     info = torch.finfo(y_dtype)
     summed = torch.finfo(torch.float64 if y_dtype == torch.float64 else torch.float32)
     return max(info.tiny / info.eps, math.sqrt(summed.tiny))
-
-
-# --- passes over activations ---
-
-
-def _on_cpu(*tensors: Tensor) -> bool:
-    """Whether the native passes take these; on other devices plain torch serves."""
-    return native.device_kind(tensors[0]) == "cpu" and routes.native_serves(tensors[0], *(t.dtype for t in tensors))
-
-
-def scale_columns_(a: Tensor, scale: Tensor, shift: Tensor | None = None) -> Tensor:
-    """a = a scale + shift, in place: a (M, N), the others (N,)."""
-    if _on_cpu(a):
-        return kernels.cpu.scale_columns(a, scale, shift, out=a)
-    wide = a.to(scale.dtype) * scale
-    return a.copy_(wide if shift is None else wide + shift)
-
-
-def scaled_columns(a: Tensor, scale: Tensor) -> Tensor:
-    """a scale, rounded once to a's dtype."""
-    return kernels.cpu.scale_columns(a, scale) if _on_cpu(a) else (a.to(scale.dtype) * scale).to(a.dtype)
-
-
-def column_dots(a: Tensor, b: Tensor) -> Tensor:
-    """The sum over m of a[m, n] b[m, n], (N,) in the dtype that products are summed in."""
-    if _on_cpu(a, b):
-        return kernels.cpu.scale_columns_dot(a, b)
-    dtype = compute_dtype(a)
-    return (a.to(dtype) * b.to(dtype)).sum(0)
-
-
-def scaled_with_dots(a: Tensor, b: Tensor, scale: Tensor, *, in_place: bool = False) -> tuple[Tensor, Tensor]:
-    """``scaled_columns(a, scale)`` and ``column_dots(a, b)`` in one pass, the first in the place of a if asked for."""
-    if _on_cpu(a, b):
-        out = a if in_place else a.new_empty(a.shape)
-        return out, kernels.cpu.scale_columns_dot(a, b, scale, out)
-    dots = column_dots(a, b)
-    return (scale_columns_(a, scale) if in_place else scaled_columns(a, scale)), dots
 
 
 def _like_rows(y: Tensor, x: Tensor) -> Tensor:
@@ -157,18 +121,17 @@ def _dl_of_columns(
     return column_dots(g[:, columns], frozen_forward(x, weight[columns], scale, shift, dtype))
 
 
-def _corrected(
+def _correct_(
     dl: Tensor, g: Tensor, x: Tensor, weight: Tensor, weight_scale: Any, bias: Any, l: Tensor, y_dtype: torch.dtype
-) -> Tensor:
-    """dl with the columns whose l is too near to 0 computed from the product itself."""
-    least = least_factor(y_dtype)
+) -> None:
+    """Put into dl the columns whose l is too near to 0, from the product itself."""
+    small = l.abs() < least_factor(y_dtype)
     if g.is_cuda and torch.cuda.is_current_stream_capturing():
         # Nothing can be asked while a graph is recorded.
-        return torch.where(l.abs() < least, _dl_of_columns(g, x, weight, weight_scale, bias, slice(None)), dl)
-    if bool(torch.linalg.vector_norm(l, -math.inf) < least):
-        columns = (l.abs() < least).nonzero().flatten()
+        dl.copy_(torch.where(small, _dl_of_columns(g, x, weight, weight_scale, bias, slice(None)), dl))
+    elif bool(small.any()):
+        columns = small.nonzero().flatten()
         dl[columns] = _dl_of_columns(g, x, weight, weight_scale, bias, columns)
-    return dl
 
 
 def _output_backward(
@@ -192,7 +155,8 @@ def _output_backward(
             dots = _dl_of_columns(g, x, weight, weight_scale, bias, slice(None))
         elif need_dl and y is not None:
             dots = dots if dots.numel() == factors.numel() else column_dots(g, y)
-            dots = _corrected(dots / factors, g, x, weight, weight_scale, bias, factors, y.dtype)
+            dots = dots / factors
+            _correct_(dots, g, x, weight, weight_scale, bias, factors, y.dtype)
         return dx, dots.to(l.dtype)
 
 
@@ -316,7 +280,7 @@ registry.define(
 )
 
 
-class _Watch:
+class Watch:
     """Tells whether a tensor that was handed out has been changed in place since, without holding its memory."""
 
     def __init__(self, y: Tensor) -> None:
@@ -326,6 +290,7 @@ class _Watch:
         self.version = y._version
 
     def changed(self) -> bool:
+        """Whether it has been."""
         return self.shadow._version != self.version
 
 
@@ -370,7 +335,7 @@ class ScaledOutput(registry.Function):
         else:
             # The layer after this one may change y in place: an alias with a version of its own is saved, so that
             # backward can find out and go another way, where torch would raise.
-            watch = _Watch(y)
+            watch = Watch(y)
             ctx.save_for_backward(x, l, y.data)
         ctx.saved = owner, with_bias, x.dtype, watch, pair
         return y
@@ -393,9 +358,10 @@ class ScaledOutput(registry.Function):
             if need_dx:
                 dx = kernels.cpu.linear_dx(g, weight, _both(weight_scale, factors), x_dtype)
             if need_dl:
-                dl = kernels.cpu.scale_columns_dot(g, y).div_(factors)
-                dl = _corrected(dl, as_rows(g), as_rows(x), weight, weight_scale, bias, factors, y.dtype)
-                dl = dl.view(l.shape).to(l.dtype)
+                dl, is_small = kernels.cpu.column_quotients(g, y, factors, least_factor(y.dtype))
+                if is_small:
+                    _correct_(dl, as_rows(g), as_rows(x), weight, weight_scale, bias, factors, y.dtype)
+                dl = dl.view(l.shape) if l.dtype == torch.float32 else dl.view(l.shape).to(l.dtype)
             return dx, dl, None, None, None
         x = g.new_empty((0, 0), dtype=x_dtype) if x is None else as_rows(x)
         y = None if y is None else as_rows(y)
@@ -435,48 +401,9 @@ class ScaledInput(registry.Function):
         if pair is not None and need_dl and not registry.watched(g, weight):
             dx = kernels.cpu.linear_dx(g, weight, weight_scale, x_dtype)
             dl = kernels.cpu.scale_columns_dot(dx, x, _flat(l), dx if need_dx else None)
-            return dx if need_dx else None, dl.view(l.shape).to(l.dtype), None, None, None
+            dl = dl.view(l.shape) if l.dtype == torch.float32 else dl.view(l.shape).to(l.dtype)
+            return dx if need_dx else None, dl, None, None, None
         x = g.new_empty((0, 0), dtype=x_dtype) if x is None else as_rows(x)
         op = torch.ops.pyadapt.ia3_input_backward
         dx, dl = op(as_rows(g), x, weight, weight_scale, l.flatten(), need_dx, need_dl)
         return _like_rows(dx, g) if need_dx else None, dl.view(l.shape) if need_dl else None, None, None, None
-
-
-class ScaledChannels(registry.Function):
-    """The output of a frozen convolution times l: y (batch, C, *size) or (C, *size), l (1, C, 1, ...).
-
-    Saved are l, x, which the convolution saves as well, and the scaled output: the other one can go.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, l: Tensor, x: Tensor, owner: Any) -> Tensor:
-        """y * l, rounded once; ``owner.frozen(x)`` is y, and is asked for again where l is too near to 0."""
-        scaled = (y * l.flatten(0, 1)).to(y.dtype)
-        ctx.saved = owner, None
-        if not l.requires_grad:
-            ctx.save_for_backward(l, None, None)
-        else:
-            ctx.saved = owner, _Watch(scaled)
-            ctx.save_for_backward(l, x, scaled.data)
-        return scaled
-
-    @staticmethod
-    @registry.first_order
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        """The gradients of y and l."""
-        l, x, scaled = ctx.saved_tensors
-        owner, watch = ctx.saved
-        need_dy, need_dl = ctx.needs_input_grad[:2]
-        factors = l.flatten(0, 1).to(compute_dtype(g))
-        dl = None
-        if need_dl:
-            # All but the channels; the batch is there or not.
-            axes = [axis for axis in range(g.dim()) if axis != g.dim() - factors.dim()]
-            small = factors.abs() < least_factor(scaled.dtype)
-            if watch.changed() or bool(small.any()):
-                with torch.no_grad():
-                    dl = (g.to(factors.dtype) * owner.frozen(x)).sum(axes)
-            else:
-                dl = (g.to(factors.dtype) * scaled).sum(axes) / factors.flatten()
-            dl = dl.view(l.shape).to(l.dtype)
-        return (g * factors).to(g.dtype) if need_dy else None, dl, None, None

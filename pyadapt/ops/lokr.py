@@ -176,10 +176,20 @@ class LokrLinear(registry.Function):
         Without ``with_bias`` the owner's bias is left out of y, for layers whose bias is trained outside.
         """
         weight, weight_scale, bias = (None, None, None) if owner is None else owner.operands()
-        op = torch.ops.pyadapt.lokr_forward if _watched(x, weight, w1, down, up) else _forward
-        arguments = weight, weight_scale, bias if with_bias else None, w1, down, up, factors, scaling, out_dtype
-        y = like_rows(op(as_rows(x), *arguments), x)
-        ctx.owner, ctx.scaling = owner, scaling
+        if not with_bias:
+            bias = None
+        watched = _watched(x, weight, w1, down, up)
+        pair = None if watched or weight is None else routes.native_pair(x, weight, out_dtype)
+        ctx.owner, ctx.scaling, ctx.is_native = owner, scaling, False
+        if pair is not None and kernel_serves(x, out_dtype, down, up):
+            ctx.is_native = True
+            core = kernels.of(x)
+            y = core.linear_forward(x, weight, weight_scale, bias, out_dtype, pair[0] == "skinny")
+            core.lokr_forward_(y, x, *_float(w1, down, up, factors), scaling)
+        else:
+            op = torch.ops.pyadapt.lokr_forward if watched else _forward
+            arguments = weight, weight_scale, bias, w1, down, up, factors, scaling, out_dtype
+            y = like_rows(op(as_rows(x), *arguments), x)
         # x as it was given: where the rows had to be copied, they are copied again in backward.
         ctx.save_for_backward(x, w1, down, up, factors)
         return y
@@ -191,7 +201,14 @@ class LokrLinear(registry.Function):
         x, w1, down, up, factors = ctx.saved_tensors
         weight, weight_scale = (None, None) if ctx.owner is None else ctx.owner.operands()[:2]
         need_dx = ctx.needs_input_grad[0]
-        op = torch.ops.pyadapt.lokr_backward if _watched(g, weight, w1, down, up) else _backward
+        watched = _watched(g, weight, w1, down, up)
+        if ctx.is_native and not watched:
+            core = kernels.of(x)
+            dx = core.linear_dx(g, weight, weight_scale, x.dtype) if need_dx else None
+            dw1, d_down, d_up = core.lokr_backward_(dx, g, x, *_float(w1, down, up, factors), ctx.scaling)
+            d_up = None if up is None else d_up.to(up.dtype)
+            return dx, dw1.to(w1.dtype), d_down.to(down.dtype), d_up, None, None, None, None, None
+        op = torch.ops.pyadapt.lokr_backward if watched else _backward
         dx, dw1, d_down, d_up = op(
             as_rows(g), as_rows(x), weight, weight_scale, w1, down, up, factors, ctx.scaling, need_dx
         )

@@ -57,7 +57,7 @@ def assert_right(side, layer, x, l, g, **options):
 
 @pytest.mark.parametrize("side", FUNCTIONS)
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("M", [0, 1, 7, 33, 130])
+@pytest.mark.parametrize("M", [0, 1, 7, 130])
 @pytest.mark.parametrize("weight_dtype", [F32, BF16, F16, I8], ids=str)
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
 def test_values(isa, dtype, weight_dtype, M, transposed, side):

@@ -149,6 +149,24 @@ def test_any_stride_of_x_and_g(isa):
         case.check()
 
 
+def test_leading_dimensions_that_are_swapped(isa):
+    """The rows of x and g have no common stride then."""
+    case = Case((35, 4, 9, 5, 11, 3))
+    x, g = case.x.view(5, 7, 55).transpose(0, 1), case.g.view(5, 7, 36).transpose(0, 1)
+    plain, x = case.x.clone().requires_grad_(), x.requires_grad_()
+    expected = case.run(plain)
+    expected.backward(case.g)
+    wanted = [matrix.grad.clone() for matrix in case.matrices]
+    for matrix in case.matrices:
+        matrix.grad = None
+    y = case.run(x)
+    y.backward(g)
+    assert_close(y.transpose(0, 1).reshape(35, 36), expected.double(), "product", F32)
+    assert_close(x.grad.transpose(0, 1).reshape(35, 55), plain.grad.double(), "product", F32)
+    for matrix, gradient in zip(case.matrices, wanted, strict=True):
+        assert_close(matrix.grad, gradient.double(), "product", F32)
+
+
 @pytest.mark.parametrize("r", [0, 8])
 def test_any_number_of_threads_gives_the_same_bits(isa, r):
     case = Case((300, 16, 32, 16, 32, r), BF16)

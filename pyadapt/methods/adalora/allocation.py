@@ -68,7 +68,7 @@ def budget_at(config: AdaLoraConfig, units: Sequence[AdaLoraUnit], step: int) ->
 
 
 def observe(name: str, config: AdaLoraConfig, units: Sequence[AdaLoraUnit]) -> None:
-    """Take the gradients of this step into the sensitivity and the uncertainty of each element.
+    """Take the gradients of this step into the sensitivity and the uncertainty of each element, if they are finite.
 
     Raises:
         RuntimeError: there are no gradients, or not of the whole parameters.
@@ -78,6 +78,11 @@ def observe(name: str, config: AdaLoraConfig, units: Sequence[AdaLoraUnit]) -> N
             f"no parameter of adapter {name!r} has a gradient: update_and_allocate comes after loss.backward() and "
             "optimizer.step(), and before optimizer.zero_grad()"
         )
+    gradients_of_E = [unit.lora_E.grad for unit in units if unit.lora_E.grad is not None]
+    home = units[0].lora_E.device
+    if gradients_of_E and not torch.cat([gradient.to(home) for gradient in gradients_of_E]).isfinite().all():
+        # A gradient scaler has left this step out; E, through which all goes, tells of an overflow anywhere.
+        return
     for unit in units:
         unit.settled.fill_(False)
         parameters = [getattr(unit, f"lora_{factor}") for factor in unit.FACTORS]
@@ -91,7 +96,8 @@ def observe(name: str, config: AdaLoraConfig, units: Sequence[AdaLoraUnit]) -> N
                 )
         # A unit at a time: its tensors stay in the cache from one operation to the next.
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-        importance = torch._foreach_mul(parameters, gradients)
+        wide = sensitivities[0].dtype
+        importance = torch._foreach_mul([p.to(wide) for p in parameters], [g.to(wide) for g in gradients])
         torch._foreach_abs_(importance)
         torch._foreach_mul_(sensitivities, config.beta1)
         torch._foreach_add_(sensitivities, importance, alpha=1 - config.beta1)

@@ -20,10 +20,19 @@ from .unit import AdaLoraUnit
 
 
 def penalty(config: AdaLoraConfig, units: Sequence[AdaLoraUnit]) -> Tensor | None:
-    """The term for the adapter that has `units`, a scalar in the factors' dtype, fp32 at least; None where it is 0."""
+    """The term for the adapter that has `units`, a scalar in the factors' dtype, fp32 at least; None where it is 0.
+
+    Raises:
+        RuntimeError: an engine has sharded the factors.
+    """
     own = [unit for unit in units if unit.source is None]
     if config.orth_reg_weight == 0 or not own:
         return None
+    if any(unit.lora_A.dim() != 2 or unit.lora_B.dim() != 2 for unit in own):
+        raise RuntimeError(
+            "an engine has sharded the factors of an AdaLoRA adapter, whose orthogonality cannot be known so: "
+            "orth_reg_weight=0 leaves it out of the loss"
+        )
     return Orthogonality.apply(config.orth_reg_weight, *(unit.lora_A for unit in own), *(unit.lora_B for unit in own))
 
 

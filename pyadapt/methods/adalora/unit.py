@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ... import low_rank
 from ...base import BaseWeight
 from ...layer import AdaptedLayer
+from ...lookup import parameter
 from ...low_rank import LowRank
 from ...method import AdapterUnit
 from ..lora.unit import LinearUnit as LoraLinearUnit
@@ -36,7 +37,8 @@ class AdaLoraUnit(AdapterUnit):
     Attributes:
         scaling: the factor s.
         dropout: the probability p of drop().
-        sensitivity_A, sensitivity_B, sensitivity_E: smoothed |parameter * gradient|, as the parameters are shaped.
+        sensitivity_A, sensitivity_B, sensitivity_E: smoothed |parameter * gradient|, as the parameters are shaped;
+            fp32, or fp64 for an fp64 adapter.
         uncertainty_A, uncertainty_B, uncertainty_E: smoothed distance of it from its own mean.
         kept: (r,) bool: what the latest allocation has kept.
         settled: () bool: whether that was the last one.
@@ -84,9 +86,11 @@ class AdaLoraUnit(AdapterUnit):
         if config.rank_pattern is not None:
             return
         for factor in self.FACTORS:
-            parameter = getattr(self, f"lora_{factor}")
+            held = getattr(self, f"lora_{factor}").detach()
+            # 16 bits would lose products of small weights with small gradients.
+            dtype = torch.promote_types(held.dtype, torch.float32)
             for kind in ("sensitivity", "uncertainty"):
-                self.register_buffer(f"{kind}_{factor}", torch.zeros_like(parameter, requires_grad=False))
+                self.register_buffer(f"{kind}_{factor}", torch.zeros_like(held, dtype=dtype))
         ranks = self.lora_E.shape[0]
         self.register_buffer("kept", torch.ones(ranks, dtype=torch.bool, device=self.lora_E.device))
         self.register_buffer("settled", torch.zeros((), dtype=torch.bool, device=self.lora_E.device))
@@ -102,9 +106,11 @@ class AdaLoraUnit(AdapterUnit):
 
     def low_rank(self) -> LowRank | None:
         """See `AdapterUnit.low_rank`; None for a layer that has no rank left."""
-        if self.lora_E.shape[0] == 0 or type(self) is not LinearUnit:
+        E = parameter(self, "lora_E")
+        if E.shape[0] == 0 or type(self) is not LinearUnit:
             return None
-        return LowRank(self.lora_A * self.lora_E, self.lora_B, self.scaling, self.dropout if self.training else 0.0)
+        p = self.dropout if self.training else 0.0
+        return LowRank(parameter(self, "lora_A") * E, parameter(self, "lora_B"), self.scaling, p)
 
     def delta(self) -> Tensor:
         """s B (E * A), (N, K); fp32, or fp64 for an fp64 adapter."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from ...base import BaseWeight
 from ...layer import AdaptedLayer
 from ...ops import registry
-from ...ops.ia3 import ScaledChannels
+from ...ops.ia3_channels import ScaledChannels
 from .config import IA3Config
 from .unit import Factors, IA3Unit
 

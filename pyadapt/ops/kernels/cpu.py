@@ -255,6 +255,12 @@ def scale_columns_dot(a: Tensor, b: Tensor, scale: Tensor | None = None, out: Te
     return dot
 
 
+def column_quotients(a: Tensor, b: Tensor, divisor: Tensor, least: float) -> tuple[Tensor, bool]:
+    """(``scale_columns_dot(a, b)`` / divisor, whether some |divisor| is below ``least``), divisor (N,) fp32."""
+    dot = torch.empty(a.shape[-1], dtype=torch.float32, device=_CPU)
+    return dot, _core().column_quotients(a, b, divisor, least, dot, get_num_threads())
+
+
 def quantize_rows(w: Tensor) -> tuple[Tensor, Tensor]:
     """(q, scale); the scale of a row that holds a NaN or Inf is NaN."""
     q = w.new_empty(w.shape, dtype=torch.int8)
