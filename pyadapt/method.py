@@ -263,14 +263,18 @@ class LayerMethod(abc.ABC):
 
     @staticmethod
     def after_step(name: str, config: Any, units: Sequence[Any], global_step: int) -> None:
-        """Do what training asks for after an optimizer step; nothing where there is no schedule.
+        """Do what training asks for after an optimizer step.
 
         Args:
             name: of the adapter, for messages.
             config: its configuration.
             units: its units on all layers.
             global_step: how many steps were taken, this one included.
+
+        Raises:
+            ValueError: the method has no schedule.
         """
+        raise ValueError(f"adapter {name!r} follows no schedule")
 
     @staticmethod
     def penalty(config: Any, units: Sequence[Any]) -> Tensor | None:

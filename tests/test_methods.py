@@ -11,9 +11,11 @@ import logging
 import pytest
 import torch
 from models import FAMILIES, assert_near, build, model_batch, snapshot
+from torch import nn
 
 import pyadapt
 from pyadapt.config import as_config
+from pyadapt.ops import routes
 
 EVERY_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 CONFIGS = {
@@ -202,6 +204,30 @@ def test_autocast(method):
     assert_near(loss, exact, "loss", torch.bfloat16)
     assert found.keys() == gradients.keys()
     assert all(found[name].dtype == torch.float32 and found[name].isfinite().all() for name in found)
+
+
+@EVERY
+@pytest.mark.parametrize("route", ["fused", "library", "reference"])
+@pytest.mark.parametrize("prepare", [None, quantized], ids=["dense", "int8"])
+def test_what_follows_may_change_the_output_in_place(method, route, prepare):
+    """As it may behind a plain linear layer; torch forbids it where a Function hands out a view."""
+
+    def gradients(in_place):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 6), nn.ReLU(in_place), nn.Linear(6, 5)).bfloat16()
+        model = model if prepare is None else prepare(model)
+        model = pyadapt.wrap(model, as_config({**CONFIGS[method], "target_modules": ["0"], **extra}))
+        stir(model)
+        x = torch.randn(2, 3, 8, dtype=torch.bfloat16, requires_grad=True)
+        with routes.forced(route):
+            model(x).sum().backward()
+        return [x.grad, *(p.grad for p in model.parameters() if p.grad is not None)]
+
+    extra = {"feedforward_modules": []} if method == "ia3" else {}
+    found, expected = gradients(True), gradients(False)
+    assert len(found) == len(expected) > 1
+    for value, exact in zip(found, expected, strict=True):
+        assert_near(value, exact, "gradient", torch.bfloat16)
 
 
 @EVERY

@@ -27,7 +27,7 @@ from pyadapt import native
 
 from . import kernels, panels, registry, routes
 from .columns import column_dots, scale_columns_, scaled_columns, scaled_with_dots
-from .linear import FrozenOwner, as_rows, compute_dtype, dense, frozen_dx, frozen_forward
+from .linear import FrozenOwner, as_rows, compute_dtype, dense, frozen_dx, frozen_forward, like_rows
 
 
 @functools.cache
@@ -40,14 +40,6 @@ def least_factor(y_dtype: torch.dtype) -> float:
     info = torch.finfo(y_dtype)
     summed = torch.finfo(torch.float64 if y_dtype == torch.float64 else torch.float32)
     return max(info.tiny / info.eps, math.sqrt(summed.tiny))
-
-
-def _like_rows(y: Tensor, x: Tensor) -> Tensor:
-    """y (M, N) with the leading dimensions of x, and no view: those may not be changed in place behind a Function."""
-    if x.dim() == 2:
-        return y
-    shape = (*x.shape[:-1], y.shape[1])
-    return torch.ops.aten._unsafe_view(y, shape) if registry.watched(y) else y.view(shape).data
 
 
 def _both(weight_scale: Tensor | None, l: Tensor) -> Tensor:
@@ -326,7 +318,7 @@ class ScaledOutput(registry.Function):
             y = _output_forward_fused(x, weight, weight_scale, bias, _flat(l), out_dtype, pair[0] == "skinny")
         else:
             op = torch.ops.pyadapt.ia3_output_forward
-            y = _like_rows(op(as_rows(x), weight, weight_scale, bias, l.flatten(), out_dtype), x)
+            y = like_rows(op(as_rows(x), weight, weight_scale, bias, l.flatten(), out_dtype), x)
         watch = None
         if not l.requires_grad:
             ctx.save_for_backward(None, l, None)
@@ -367,7 +359,7 @@ class ScaledOutput(registry.Function):
         y = None if y is None else as_rows(y)
         op = torch.ops.pyadapt.ia3_output_backward
         dx, dl = op(as_rows(g), x, y, weight, weight_scale, bias, l.flatten(), need_dx, need_dl)
-        return _like_rows(dx, g) if need_dx else None, dl.view(l.shape) if need_dl else None, None, None, None
+        return like_rows(dx, g) if need_dx else None, dl.view(l.shape) if need_dl else None, None, None, None
 
 
 class ScaledInput(registry.Function):
@@ -388,7 +380,7 @@ class ScaledInput(registry.Function):
             skinny = pair[0] == "skinny"
             return kernels.cpu.scaled_linear_forward(x, _flat(l), weight, weight_scale, bias, out_dtype, skinny)
         op = torch.ops.pyadapt.ia3_input_forward
-        return _like_rows(op(as_rows(x), weight, weight_scale, bias, l.flatten(), out_dtype), x)
+        return like_rows(op(as_rows(x), weight, weight_scale, bias, l.flatten(), out_dtype), x)
 
     @staticmethod
     @registry.first_order
@@ -406,4 +398,4 @@ class ScaledInput(registry.Function):
         x = g.new_empty((0, 0), dtype=x_dtype) if x is None else as_rows(x)
         op = torch.ops.pyadapt.ia3_input_backward
         dx, dl = op(as_rows(g), x, weight, weight_scale, l.flatten(), need_dx, need_dl)
-        return _like_rows(dx, g) if need_dx else None, dl.view(l.shape) if need_dl else None, None, None, None
+        return like_rows(dx, g) if need_dx else None, dl.view(l.shape) if need_dl else None, None, None, None

@@ -40,8 +40,8 @@ def as_rows(x: Tensor) -> Tensor:
 
 
 def like_rows(y: Tensor, x: Tensor) -> Tensor:
-    """y (M, N) with the leading dimensions of x (..., K)."""
-    return y.view(*x.shape[:-1], y.shape[-1])
+    """y (M, N) with the leading dimensions of x (..., K); no view, as what a Function gives may be changed in place."""
+    return y if x.dim() == 2 else torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
 
 
 def linear_forward_reference(

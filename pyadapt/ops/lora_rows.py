@@ -31,6 +31,7 @@ from .linear import (
     compute_dtype,
     frozen_dx,
     frozen_forward,
+    like_rows,
     linear_dx_reference,
     linear_forward_reference,
 )
@@ -340,7 +341,7 @@ class LoraRows(registry.Function):
         y, S = forward(rows, weight, weight_scale, bias, As, Bs, scalings, dropouts, segments, seed, out_dtype)
         ctx.owner, ctx.scalings, ctx.dropouts = owner, scalings, dropouts
         ctx.save_for_backward(x, S, segments, seed, *matrices)
-        return y.view(*x.shape[:-1], y.shape[-1])
+        return like_rows(y, x)
 
     @staticmethod
     @registry.first_order
