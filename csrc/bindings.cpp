@@ -15,6 +15,7 @@
 #include "cpu/ia3.hpp"
 #include "cpu/int8.hpp"
 #include "cpu/layer.hpp"
+#include "cpu/loha.hpp"
 #include "cpu/lokr.hpp"
 #include "cpu/lora_rows.hpp"
 #include "python/tensors.hpp"
@@ -241,6 +242,38 @@ void lora_rows_backward(py::handle g, py::handle x, const py::list& As, const py
                             dA.values, dB.values, team(threads));
 }
 
+// --- LoHa ---
+
+struct LohaInputs {
+    Input w1a, w1b, w2a, w2b;
+    Optional rows;
+    double scaling;
+    LohaInputs(py::handle w1a, py::handle w1b, py::handle w2a, py::handle w2b, py::handle rows, double scaling)
+        : w1a(w1a, "w1a"), w1b(w1b, "w1b"), w2a(w2a, "w2a"), w2b(w2b, "w2b"), rows(rows, "factors"), scaling(scaling) {}
+    cpu::LohaFactors view() const {
+        return {&w1a.value, &w1b.value, &w2a.value, &w2b.value, rows.get(), scaling};
+    }
+};
+
+void khatri_rao(py::handle w1a, py::handle w1b, py::handle w2a, py::handle w2b, py::handle rows, py::handle A,
+                py::handle B, double scaling, int threads) {
+    const LohaInputs factors(w1a, w1b, w2a, w2b, rows, scaling);
+    const Tensor A_ = tensor(A, "A"), B_ = tensor(B, "B");
+    py::gil_scoped_release release;
+    cpu::khatri_rao(factors.view(), A_, B_, team(threads));
+}
+
+void khatri_rao_backward(py::handle dA, py::handle dB, py::handle w1a, py::handle w1b, py::handle w2a, py::handle w2b,
+                         py::handle rows, py::handle dw1a, py::handle dw1b, py::handle dw2a, py::handle dw2b,
+                         double scaling, int threads) {
+    const Input dA_(dA, "dA"), dB_(dB, "dB");
+    const LohaInputs factors(w1a, w1b, w2a, w2b, rows, scaling);
+    const Tensor dw1a_ = tensor(dw1a, "dw1a"), dw1b_ = tensor(dw1b, "dw1b");
+    const Tensor dw2a_ = tensor(dw2a, "dw2a"), dw2b_ = tensor(dw2b, "dw2b");
+    py::gil_scoped_release release;
+    cpu::khatri_rao_backward(dA_, dB_, factors.view(), dw1a_, dw1b_, dw2a_, dw2b_, team(threads));
+}
+
 // --- LoKr ---
 
 void lokr_forward(py::handle x, py::handle w1, py::handle down, py::handle up, py::handle factors, py::handle y,
@@ -293,6 +326,8 @@ PYBIND11_MODULE(_native, m) {
     m.def("column_quotients", &column_quotients);
     m.def("lora_rows_forward", &lora_rows_forward);
     m.def("lora_rows_backward", &lora_rows_backward);
+    m.def("khatri_rao", &khatri_rao);
+    m.def("khatri_rao_backward", &khatri_rao_backward);
     m.def("lokr_forward", &lokr_forward);
     m.def("lokr_backward", &lokr_backward);
 }

@@ -160,6 +160,19 @@ struct Kron {
     int threads = 1;
 };
 
+// LoHa as a LoRA of rank r1 r2: A[(i, j), k] = w1b[i, k] w2b[j, k], B[n, (i, j)] = scaling factors[n] w1a[n, i] w2a[n, j].
+// The factors are dense fp32: w1a (N, r1), w1b (r1, K), w2a (N, r2), w2b (r2, K); A (r1 r2, K) and B (N, r1 r2) dense.
+struct KhatriRao {
+    std::int64_t r1 = 0, r2 = 0, K = 0, N = 0;
+    const float *w1a = nullptr, *w1b = nullptr, *w2a = nullptr, *w2b = nullptr;
+    const float* factors = nullptr;  // (N); null for ones
+    float scaling = 1.0f;
+    void *A = nullptr, *B = nullptr;  // backward: their gradients, which are read
+    DType dtype = DType::f32;
+    float *dw1a = nullptr, *dw1b = nullptr, *dw2a = nullptr, *dw2b = nullptr;
+    int threads = 1;
+};
+
 constexpr int most_products = 2;
 constexpr int most_stages = 2;
 
@@ -175,6 +188,8 @@ struct Kernels {
     void (*columns)(const Columns&);
     void (*kron_forward)(const Kron&);
     void (*kron_backward)(const Kron&);
+    void (*khatri_rao)(const KhatriRao&);
+    void (*khatri_rao_backward)(const KhatriRao&);
 };
 
 }  // namespace pyadapt::cpu

@@ -1,21 +1,11 @@
 #include "lokr.hpp"
 
-#include <string>
-
 #include "../core/checks.hpp"
 #include "../core/error.hpp"
 #include "dispatch.hpp"
 
 namespace pyadapt::cpu {
 namespace {
-
-// A matrix of fp32 without gaps.
-void check_dense(const Tensor& matrix, Extent rows, Extent cols) {
-    check_shape(matrix, rows, cols);
-    check_dtype(matrix, DType::f32);
-    if (matrix.strides[1] != 1 || matrix.strides[0] != cols.size)
-        throw ValueError(std::string(matrix.name) + " has gaps between its rows; wanted a contiguous tensor");
-}
 
 const float* floats(const Tensor* tensor) { return tensor ? static_cast<const float*>(tensor->data) : nullptr; }
 float* floats(const Tensor& tensor) { return static_cast<float*>(tensor.data); }
@@ -30,9 +20,9 @@ Kron kron(const Tensor& x, const LokrTerm& term, int threads) {
     job.d = term.down->sizes[1];
     if (term.up) check_two_dimensional(*term.up);
     job.b = term.up ? term.up->sizes[0] : job.h;
-    check_dense(*term.w1, {"a", job.a}, {"c", job.c});
-    check_dense(*term.down, {"h", job.h}, {"d", job.d});
-    if (term.up) check_dense(*term.up, {"b", job.b}, {"h", job.h});
+    check_dense_floats(*term.w1, {"a", job.a}, {"c", job.c});
+    check_dense_floats(*term.down, {"h", job.h}, {"d", job.d});
+    if (term.up) check_dense_floats(*term.up, {"b", job.b}, {"h", job.h});
     if (term.factors) {
         check_shape(*term.factors, {"a b", job.a * job.b});
         check_dtype(*term.factors, DType::f32);
@@ -77,10 +67,10 @@ void lokr_backward(const Tensor& g, const Tensor& x, const LokrTerm& term, const
         job.dx_dtype = dx->dtype;
         job.dx_stride = dx->strides[0];
     }
-    check_dense(dw1, {"a", job.a}, {"c", job.c});
-    check_dense(d_down, {"h", job.h}, {"d", job.d});
+    check_dense_floats(dw1, {"a", job.a}, {"c", job.c});
+    check_dense_floats(d_down, {"h", job.h}, {"d", job.d});
     if (job.up && !d_up) throw ValueError("d_up is None; wanted a tensor, because up is one");
-    if (job.up) check_dense(*d_up, {"b", job.b}, {"h", job.h});
+    if (job.up) check_dense_floats(*d_up, {"b", job.b}, {"h", job.h});
     job.dw1 = floats(dw1);
     job.d_down = floats(d_down);
     job.d_up = job.up ? floats(*d_up) : nullptr;

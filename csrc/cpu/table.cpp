@@ -14,9 +14,11 @@ void segments(const SegmentStage* stages, int count, int threads);
 void columns(const Columns&);
 void kron_forward(const Kron&);
 void kron_backward(const Kron&);
+void khatri_rao(const KhatriRao&);
+void khatri_rao_backward(const KhatriRao&);
 
 extern const Kernels kernels;
 const Kernels kernels = {PYADAPT_TEXT(PYADAPT_ISA), gemm, skinny, quantize_rows, dequantize_rows, segments,
-                         columns, kron_forward, kron_backward};
+                         columns, kron_forward, kron_backward, khatri_rao, khatri_rao_backward};
 
 }  // namespace pyadapt::cpu::PYADAPT_ISA

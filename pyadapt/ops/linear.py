@@ -119,11 +119,12 @@ class FrozenLinear(registry.Function):
         weight, weight_scale, bias = owner.operands()
         if not with_bias:
             bias = None
-        pair = None if registry.watched(x, weight) else routes.native_pair(x, weight, out_dtype)
+        pair = None if registry.watched(x, weight) else routes.pair(x, weight, out_dtype)
         ctx.saved = owner, x.dtype, pair
-        if pair is not None:
+        if pair is not None and pair[0] in routes.NATIVE:
             return kernels.of(x).linear_forward(x, weight, weight_scale, bias, out_dtype, pair[0] == "skinny")
-        return like_rows(torch.ops.pyadapt.linear_forward(as_rows(x), weight, weight_scale, bias, out_dtype), x)
+        form = torch.ops.pyadapt.linear_forward if pair is None else _FORWARD[pair[0]]
+        return like_rows(form(as_rows(x), weight, weight_scale, bias, out_dtype), x)
 
     @staticmethod
     @registry.first_order
@@ -133,8 +134,9 @@ class FrozenLinear(registry.Function):
             return None, None, None, None
         owner, x_dtype, pair = ctx.saved
         weight, weight_scale, _ = owner.operands()
-        if pair is not None and not registry.watched(g, weight):
-            dx = kernels.of(g).linear_dx(g, weight, weight_scale, x_dtype)
-        else:
-            dx = like_rows(torch.ops.pyadapt.linear_dx(as_rows(g), weight, weight_scale, x_dtype), g)
-        return dx, None, None, None
+        if pair is not None and registry.watched(g, weight):
+            pair = None
+        if pair is not None and pair[1] in routes.NATIVE:
+            return kernels.of(g).linear_dx(g, weight, weight_scale, x_dtype), None, None, None
+        form = torch.ops.pyadapt.linear_dx if pair is None else _DX[pair[1]]
+        return like_rows(form(as_rows(g), weight, weight_scale, x_dtype), g), None, None, None

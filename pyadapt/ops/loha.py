@@ -6,12 +6,12 @@ Shapes: x (M, K), W (N, K), w1a and w2a (N, r), w1b and w2b (r, K), f (N,) or no
 
 **Khatri-Rao form.** Exactly, D = B A with
 
-    A[(i, j), k] = w1b[i, k] w2b[j, k]   (r r, K)        B[n, (i, j)] = f[n] w1a[n, i] w2a[n, j]   (N, r r)
+    A[(i, j), k] = w1b[i, k] w2b[j, k]   (r r, K)        B[n, (i, j)] = s f[n] w1a[n, i] w2a[n, j]   (N, r r)
 
 so that a LoHa is a LoRA of rank r^2 (``ops/lora.py``) whose factors are formed at each step. Their gradients:
 
-    dw1b[i] = sum_j dA[i, j] * w2b[j]        dw1a[n, i] = f[n] sum_j dB[n, (i, j)] w2a[n, j]
-    dw2b[j] = sum_i dA[i, j] * w1b[i]        dw2a[n, j] = f[n] sum_i dB[n, (i, j)] w1a[n, i]
+    dw1b[i] = sum_j dA[i, j] * w2b[j]        dw1a[n, i] = s f[n] sum_j dB[n, (i, j)] w2a[n, j]
+    dw2b[j] = sum_i dA[i, j] * w1b[i]        dw2a[n, j] = s f[n] sum_i dB[n, (i, j)] w1a[n, i]
 
 **Tiled form.** What r^2 makes dear, M N K does not: D is formed in panels and multiplied, and is never there whole.
 With T = s diag(f) g' x, panel by panel,
@@ -32,7 +32,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import registry
+from pyadapt.native import device_kind
+
+from . import kernels, registry, routes
 from .linear import FrozenOwner, as_rows, compute_dtype, dense, frozen_dx, frozen_forward, like_rows
 
 Factors = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -46,13 +48,20 @@ def low_rank_dtype(x: Tensor) -> torch.dtype:
     return torch.bfloat16 if x.dtype == torch.bfloat16 else compute_dtype(x)
 
 
+def _is_native(w1a: Tensor, w1b: Tensor, w2a: Tensor, w2b: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the CPU's kernel takes these factors."""
+    on_cpu = device_kind(w1a) == "cpu" and routes.native_serves(w1a, dtype)
+    return on_cpu and w1a.dtype == w1b.dtype == w2a.dtype == w2b.dtype == torch.float32
+
+
 def khatri_rao(
-    w1a: Tensor, w1b: Tensor, w2a: Tensor, w2b: Tensor, factors: Tensor | None, dtype: torch.dtype
+    w1a: Tensor, w1b: Tensor, w2a: Tensor, w2b: Tensor, factors: Tensor | None, scaling: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """(A, B) in ``dtype``, multiplied in fp32 or wider and rounded once."""
-    (w1a, w1b, w2a, w2b), wide = _widened((w1a, w1b, w2a, w2b), dtype)
-    if factors is not None:
-        w1a = w1a * factors.to(wide)[:, None]
+    if _is_native(w1a, w1b, w2a, w2b, dtype):
+        return kernels.cpu.khatri_rao(w1a, w1b, w2a, w2b, factors, scaling, dtype)
+    (w1a, w1b, w2a, w2b), _ = _widened((w1a, w1b, w2a, w2b), dtype)
+    w1a = _scaled(w1a, factors, scaling)
     r1, K = w1b.shape
     r2, N = w2b.shape[0], w1a.shape[0]
     A = torch.mul(w1b[:, None], w2b, out=w1b.new_empty(r1, r2, K, dtype=dtype))
@@ -61,15 +70,23 @@ def khatri_rao(
 
 
 def khatri_rao_backward(
-    dA: Tensor, dB: Tensor, w1a: Tensor, w1b: Tensor, w2a: Tensor, w2b: Tensor, factors: Tensor | None
+    dA: Tensor,
+    dB: Tensor,
+    w1a: Tensor,
+    w1b: Tensor,
+    w2a: Tensor,
+    w2b: Tensor,
+    factors: Tensor | None,
+    scaling: float,
 ) -> Factors:
     """(dw1a, dw1b, dw2a, dw2b), each in the dtype of its factor."""
+    if dA.dtype == dB.dtype and _is_native(w1a, w1b, w2a, w2b, dA.dtype):
+        return kernels.cpu.khatri_rao_backward(dA, dB, w1a, w1b, w2a, w2b, factors, scaling)
     dtypes = w1a.dtype, w1b.dtype, w2a.dtype, w2b.dtype
     (w1a, w1b, w2a, w2b), wide = _widened((w1a, w1b, w2a, w2b), dA.dtype)
     (r1, K), r2, N = w1b.shape, w2b.shape[0], w1a.shape[0]
     dA, dB = dA.to(wide).reshape(r1, r2, K), dB.to(wide).reshape(N, r1, r2)
-    if factors is not None:
-        dB = dB * factors.to(wide)[:, None, None]
+    dB = dB * scaling if factors is None else dB * (factors.to(wide) * scaling)[:, None, None]
     dw1b, dw2b = (dA * w2b).sum(1), (dA * w1b[:, None]).sum(0)
     with torch.autocast(dA.device.type, enabled=False):
         dw1a, dw2a = torch.bmm(dB, w2a[:, :, None])[:, :, 0], torch.bmm(w1a[:, None], dB)[:, 0]
@@ -196,7 +213,7 @@ def _panels(like: Tensor, length: int, across: int) -> Iterator[slice]:
 
 
 def _khatri_rao_fake(
-    w1a: Tensor, w1b: Tensor, w2a: Tensor, w2b: Tensor, factors: Any, dtype: torch.dtype
+    w1a: Tensor, w1b: Tensor, w2a: Tensor, w2b: Tensor, factors: Any, scaling: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     rank = w1b.shape[0] * w2b.shape[0]
     return w1b.new_empty((rank, w1b.shape[1]), dtype=dtype), w1a.new_empty((w1a.shape[0], rank), dtype=dtype)
@@ -210,11 +227,14 @@ def _loha_backward_fake(
 
 _FOUR = "Tensor w1a, Tensor w1b, Tensor w2a, Tensor w2b, Tensor? factors"
 
-registry.define(f"khatri_rao({_FOUR}, ScalarType dtype) -> (Tensor A, Tensor B)", khatri_rao, fake=_khatri_rao_fake)
 registry.define(
-    f"khatri_rao_backward(Tensor dA, Tensor dB, {_FOUR}) -> (Tensor dw1a, Tensor dw1b, Tensor dw2a, Tensor dw2b)",
+    f"khatri_rao({_FOUR}, float scaling, ScalarType dtype) -> (Tensor A, Tensor B)", khatri_rao, fake=_khatri_rao_fake
+)
+registry.define(
+    f"khatri_rao_backward(Tensor dA, Tensor dB, {_FOUR}, float scaling) "
+    "-> (Tensor dw1a, Tensor dw1b, Tensor dw2a, Tensor dw2b)",
     khatri_rao_backward,
-    fake=lambda dA, dB, w1a, w1b, w2a, w2b, factors: tuple(w.new_empty(w.shape) for w in (w1a, w1b, w2a, w2b)),
+    fake=lambda dA, dB, w1a, w1b, w2a, w2b, *rest: tuple(w.new_empty(w.shape) for w in (w1a, w1b, w2a, w2b)),
 )
 registry.define(
     f"loha_forward(Tensor x, Tensor? weight, Tensor? weight_scale, Tensor? bias, {_FOUR}, float scaling, Tensor? y, "
@@ -235,20 +255,29 @@ class KhatriRao(registry.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, w1a: Tensor, w1b: Tensor, w2a: Tensor, w2b: Tensor, factors: Tensor | None, dtype: torch.dtype
+        ctx: Any,
+        w1a: Tensor,
+        w1b: Tensor,
+        w2a: Tensor,
+        w2b: Tensor,
+        factors: Tensor | None,
+        scaling: float,
+        dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor]:
-        """(A, B) in ``dtype``."""
+        """(A, B) in ``dtype``, with the scaling in B."""
+        ctx.scaling = scaling
         ctx.save_for_backward(w1a, w1b, w2a, w2b, factors)
         form = torch.ops.pyadapt.khatri_rao if registry.watched(w1a, w1b, w2a, w2b) else khatri_rao
-        return form(w1a, w1b, w2a, w2b, factors, dtype)
+        return form(w1a, w1b, w2a, w2b, factors, scaling, dtype)
 
     @staticmethod
     @registry.first_order
     def backward(ctx: Any, dA: Tensor, dB: Tensor) -> tuple[Tensor | None, ...]:
         """The gradients of the four factors."""
-        saved = ctx.saved_tensors
-        form = torch.ops.pyadapt.khatri_rao_backward if registry.watched(dA, dB, *saved[:4]) else khatri_rao_backward
-        return *form(dA, dB, *saved), None, None
+        w1a, w1b, w2a, w2b, factors = ctx.saved_tensors
+        watched = registry.watched(dA, dB, w1a, w1b, w2a, w2b)
+        form = torch.ops.pyadapt.khatri_rao_backward if watched else khatri_rao_backward
+        return *form(dA, dB, w1a, w1b, w2a, w2b, factors, ctx.scaling), None, None, None
 
 
 class TiledHadamard(registry.Function):

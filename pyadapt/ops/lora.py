@@ -165,16 +165,15 @@ class LoraLinear(registry.Function):
         weight, weight_scale, bias = owner.operands()
         if not with_bias:
             bias = None
-        pair = None if registry.watched(x, weight, A, B) else routes.native_pair(x, weight, out_dtype, A, B)
-        if pair is not None:
+        pair = None if registry.watched(x, weight, A, B) else routes.pair(x, weight, out_dtype, A, B)
+        if pair is not None and pair[0] in routes.NATIVE:
             skinny = pair[0] == "skinny"
             y, S = kernels.of(x).lora_forward(
                 x, weight, weight_scale, bias, A, B, scaling, dropout_p, seed, out_dtype, skinny
             )
         else:
-            y, S = torch.ops.pyadapt.lora_forward(
-                as_rows(x), weight, weight_scale, bias, A, B, scaling, dropout_p, seed, out_dtype
-            )
+            form = torch.ops.pyadapt.lora_forward if pair is None else _FORWARD[pair[0]]
+            y, S = form(as_rows(x), weight, weight_scale, bias, A, B, scaling, dropout_p, seed, out_dtype)
             y = like_rows(y, x)
         ctx.saved = owner, scaling, dropout_p, pair
         # x as it was given: where the rows had to be copied, they are copied again in backward.
@@ -189,13 +188,14 @@ class LoraLinear(registry.Function):
         owner, scaling, dropout_p, pair = ctx.saved
         weight, weight_scale, _ = owner.operands()
         need_dx = ctx.needs_input_grad[0]
-        if pair is not None and not registry.watched(g, weight):
+        if pair is not None and registry.watched(g, weight):
+            pair = None
+        if pair is not None and pair[1] in routes.NATIVE:
             dx, dA, dB = kernels.of(g).lora_backward(
                 g, x, weight, weight_scale, A, B, S, scaling, dropout_p, seed, need_dx
             )
         else:
-            dx, dA, dB = torch.ops.pyadapt.lora_backward(
-                as_rows(g), as_rows(x), weight, weight_scale, A, B, S, scaling, dropout_p, seed, need_dx
-            )
+            form = torch.ops.pyadapt.lora_backward if pair is None else _BACKWARD[pair[1]]
+            dx, dA, dB = form(as_rows(g), as_rows(x), weight, weight_scale, A, B, S, scaling, dropout_p, seed, need_dx)
             dx = dx.view(x.shape) if need_dx else dx
         return dx if need_dx else None, dA, dB, None, None, None, None, None, None

@@ -9,6 +9,8 @@ the scale (about the largest weight of the row), the panel the 128th of the inte
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -19,8 +21,19 @@ from . import kernels
 from .philox import dropout
 from .routes import native_serves
 
+# From this rank on torch's bf16 GEMM makes S faster than the native pass.
+_GEMM_RANK = 32
+
 # About two megabytes for a CPU core's cache, sixteen for a GPU's.
 _PANEL_ELEMENTS, _PANEL_ELEMENTS_CUDA = 1 << 20, 1 << 23
+
+
+_NOTHING = contextlib.nullcontext()
+
+
+def no_autocast(device: str) -> contextlib.AbstractContextManager[object]:
+    """A block whose products are not autocast; where autocast is off anyway, at a small part of its cost."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else _NOTHING
 
 
 def _panel(q: Tensor, scale: Tensor | None, dtype: torch.dtype, factor: float = 1.0) -> Tensor:
@@ -80,7 +93,7 @@ def linear_forward(
     x: Tensor, weight: Tensor, weight_scale: Tensor | None, bias: Tensor | None, out_dtype: torch.dtype
 ) -> Tensor:
     """y = x W' scale + bias."""
-    with torch.autocast(x.device.type, enabled=False):
+    with no_autocast(x.device.type):
         y, lacking = times_weight_t(x, weight, weight_scale)
         if lacking is not None:
             y = y * lacking
@@ -91,7 +104,7 @@ def linear_forward(
 
 def linear_dx(g: Tensor, weight: Tensor, weight_scale: Tensor | None, x_dtype: torch.dtype) -> Tensor:
     """dx = g W."""
-    with torch.autocast(g.device.type, enabled=False):
+    with no_autocast(g.device.type):
         return times_weight(scaled_for_dx(g, weight_scale), weight).to(x_dtype)
 
 
@@ -110,13 +123,13 @@ def lora_forward(
     """(y, S)."""
     if native_serves(x, x.dtype, out_dtype):
         native = kernels.of(x)
+        if _has_bf16_gemm(x, weight.dtype, out_dtype, x.dtype if bias is None else bias.dtype):
+            return _bf16_forward(x, weight, bias, A, B, scaling, dropout_p, seed)
         S = native.shrink(x, A, dropout_p, seed, out_dtype)
-        with torch.autocast(x.device.type, enabled=False):
-            if _has_bf16_gemm(x, weight.dtype, out_dtype, x.dtype if bias is None else bias.dtype):
-                return F.linear(x, weight, bias).addmm_(S.to(x.dtype), B.to(x.dtype).t(), alpha=scaling), S
+        with no_autocast(x.device.type):
             y, lacking = times_weight_t(x, weight, weight_scale)
         return native.expand_(y.to(out_dtype), S, B, lacking, bias, scaling), S
-    with torch.autocast(x.device.type, enabled=False):
+    with no_autocast(x.device.type):
         S = dropout(x.float(), seed, dropout_p) @ A.float().t()
         y = linear_forward(x, weight, weight_scale, bias, torch.float32)
         return (y + scaling * (S @ B.float().t())).to(out_dtype), S
@@ -144,11 +157,11 @@ def lora_backward(
         scale = weight_scale if need_dx else None
         dS, dA, dB, left = native.gradients(g, x, A, B, S, scaling, dropout_p, seed, scale, _dx_factor(g.dtype))
         if need_dx:
-            with torch.autocast(x.device.type, enabled=False):
+            with no_autocast(x.device.type):
                 dx = times_weight(left, weight).to(x.dtype)
             native.expand_dx_(dx, dS, A, dropout_p, seed)
         return dx, dA, dB
-    with torch.autocast(x.device.type, enabled=False):
+    with no_autocast(x.device.type):
         wide = g.float()
         dS = scaling * (wide @ B.float())
         dA = dS.t() @ dropout(x.float(), seed, dropout_p)
@@ -161,6 +174,31 @@ def lora_backward(
 def _has_bf16_gemm(x: Tensor, *dtypes: torch.dtype) -> bool:
     """Whether torch's GEMM serves the low-rank passes as well: on a CPU in bf16, where it is the fastest."""
     return device_kind(x) == "cpu" and all(dtype == torch.bfloat16 for dtype in (x.dtype, *dtypes))
+
+
+def _times(scaling: float, B: Tensor) -> Tensor:
+    return B if scaling == 1.0 else scaling * B
+
+
+def _bf16_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """`lora_forward` where every product is one of bf16 matrices."""
+    with no_autocast("cpu"):
+        if dropout_p > 0 or A.shape[0] < _GEMM_RANK:
+            S = kernels.cpu.shrink(x, A, dropout_p, seed, x.dtype)
+            short = S.to(x.dtype)
+        else:
+            short = torch.mm(x, A.to(x.dtype).t())
+            S = short.float()
+        return F.linear(x, weight, bias).addmm_(short, _times(scaling, B).to(x.dtype).t()), S
 
 
 def _bf16_backward(
@@ -176,12 +214,16 @@ def _bf16_backward(
     seed: Tensor | None,
     need_dx: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`lora_backward` where every product is one of bf16 matrices."""
+    """`lora_backward` where every product is one of bf16 matrices, the sums over M of a left side that lies by rows."""
     dx, dropped = x.new_empty(0), dropout_p > 0
-    with torch.autocast("cpu", enabled=False):
-        dS = torch.mm(g, (scaling * B).to(g.dtype))
-        dB = torch.mm(g.t(), (scaling * S).to(g.dtype)).to(B.dtype)
-        dA = kernels.cpu.input_gradient(dS, x, A, dropout_p, seed) if dropped else torch.mm(dS.t(), x).to(A.dtype)
+    with no_autocast("cpu"):
+        dS = torch.mm(g, _times(scaling, B).to(g.dtype))
+        scaled_St = torch.mul(S.t(), scaling, out=g.new_empty(S.shape[1], S.shape[0]))
+        dB = torch.mm(scaled_St, g).t().to(B.dtype, memory_format=torch.contiguous_format)
+        if dropped:
+            dA = kernels.cpu.input_gradient(dS, x, A, dropout_p, seed)
+        else:
+            dA = torch.mm(dS.t().contiguous(), x).to(A.dtype)
         if need_dx:
             dx = times_weight(scaled_for_dx(g, weight_scale), weight)
             dx = kernels.cpu.expand_dx_(dx, dS, A, dropout_p, seed) if dropped else dx.addmm_(dS, A.to(g.dtype))

@@ -252,18 +252,23 @@ def isa_of(x: Tensor) -> str | None:
     return native.cuda_isa(x.device.index or 0) if kind == "cuda" else None
 
 
-# What `native_pair` found, by what it depends on: a layer comes with the same few cases again and again.
+# What `pair` found, by what it depends on: a layer comes with the same few cases again and again.
 _pairs: dict[tuple[Any, ...], tuple[str, str] | None] = {}
 _MOST_PAIRS = 4096
 
 
-def native_pair(
+def native_pair(x: Tensor, weight: Tensor, out_dtype: torch.dtype) -> tuple[str, str] | None:
+    """``pair`` where both routes are native kernels, else None."""
+    found = pair(x, weight, out_dtype)
+    return found if found is not None and found[0] in NATIVE and found[1] in NATIVE else None
+
+
+def pair(
     x: Tensor, weight: Tensor, out_dtype: torch.dtype, A: Tensor | None = None, B: Tensor | None = None
 ) -> tuple[str, str] | None:
-    """The routes of a layer's forward and backward on x (..., K) if both are native kernels, else None.
+    """The routes of a layer's forward and backward on x (..., K); None where ``run`` would measure them.
 
-    None on CUDA too where ``run`` would measure. This is asked at each step of each layer, hence a key of what can be
-    read off tensors cheaply.
+    This is asked at each step of each layer, hence a key of what can be read off tensors cheaply.
     """
     # N and r are in B's shape, K in x's.
     shape, dtypes = (weight.shape, ()) if A is None or B is None else (B.shape, (A.dtype, B.dtype))
@@ -275,13 +280,11 @@ def native_pair(
     rank = 0 if A is None else A.shape[0]
     forward = case_of("forward", x, weight, rank, out_dtype, dtypes)
     backward = replace(forward, op="backward", x=out_dtype, out=x.dtype)
-    found = choose(forward), choose(backward)
-    measured = x.is_cuda and forward.tunable()
-    pair = found if found[0] in NATIVE and found[1] in NATIVE and not measured else None
+    found = None if x.is_cuda and forward.tunable() else (choose(forward), choose(backward))
     if len(_pairs) >= _MOST_PAIRS:
         _pairs.clear()
-    _pairs[key] = pair
-    return pair
+    _pairs[key] = found
+    return found
 
 
 def native_serves(tensor: Tensor, *dtypes: torch.dtype) -> bool:

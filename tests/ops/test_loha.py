@@ -7,6 +7,7 @@ import torch
 from tolerance import assert_close
 
 from ops.oracle import Owner, make_layer
+from pyadapt import native
 from pyadapt.ops import loha
 from pyadapt.ops.lora import LoraLinear
 
@@ -48,23 +49,24 @@ def _small_panels(monkeypatch):
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("dtype", [F64, F32, BF16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_khatri_rao(shape, dtype, masked):
+def test_khatri_rao(isa, shape, dtype, masked):
     _, K, N, r = shape
     four, mask = factors_of(K, N, r, F64 if dtype == F64 else F32), mask_of(N, masked)
-    A, B = loha.KhatriRao.apply(*four, mask, dtype)
+    s = 0.75
+    A, B = loha.KhatriRao.apply(*four, mask, s, dtype)
     assert (A.shape, B.shape) == ((r * r, K), (N, r * r))
     assert A.dtype == B.dtype == dtype
     w1a, w1b, w2a, w2b = (w.detach().double() for w in four)
-    rows = w1a if mask is None else w1a * mask.double()[:, None]
-    # Two factors are multiplied, and the mask once before.
+    rows = s * (w1a if mask is None else w1a * mask.double()[:, None])
+    # Two factors are multiplied, the scaling and the mask once before.
     assert_close(A, torch.einsum("ik,jk->ijk", w1b, w2b).flatten(0, 1), "product", dtype)
     assert_close(B, torch.einsum("ni,nj->nij", rows, w2a).flatten(1), "product", dtype)
-    exact = exact_delta(four, mask)
+    exact = s * exact_delta(four, mask)
     if dtype != BF16:
         assert_close(B @ A, exact, "product", dtype)
     dA, dB = torch.randn(r * r, K).to(dtype), torch.randn(N, r * r).to(dtype)
     torch.autograd.backward((A, B), (dA, dB))
-    dA3, dB3 = dA.double().view(r, r, K), dB.double().view(N, r, r)
+    dA3, dB3 = dA.double().view(r, r, K), s * dB.double().view(N, r, r)
     dB3 = dB3 if mask is None else dB3 * mask.double()[:, None, None]
     expected = (
         torch.einsum("nij,nj->ni", dB3, w2a),
@@ -81,11 +83,42 @@ def test_khatri_rao(shape, dtype, masked):
 def test_khatri_rao_of_16_bit_factors(dtype):
     """Multiplied in fp32, rounded once."""
     four = factors_of(12, 10, 3, dtype)
-    A, _ = loha.KhatriRao.apply(*four, None, F32)
+    A, _ = loha.KhatriRao.apply(*four, None, 1.0, F32)
     exact = torch.einsum("ik,jk->ijk", four[1].detach().double(), four[3].detach().double()).flatten(0, 1)
     assert_close(A, exact, "store", F32)
     A.sum().backward()
     assert four[1].grad.dtype == dtype
+
+
+def test_khatri_rao_gives_the_same_bits_for_any_number_of_threads(isa):
+    four, mask = factors_of(700, 900, 8), mask_of(900, True)
+    dA, dB = torch.randn(64, 700), torch.randn(900, 64)
+
+    def results():
+        leaves = [w.detach().requires_grad_() for w in four]
+        made = loha.KhatriRao.apply(*leaves, mask, 0.5, F32)
+        torch.autograd.backward(made, (dA, dB))
+        return [*made, *(leaf.grad for leaf in leaves)]
+
+    alone = results()
+    torch.set_num_threads(3)
+    assert all(map(torch.equal, results(), alone))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"w1b": (3, 7)}, r"w1a has shape \(9, 2\); wanted \(N, r1\) = \(9, 3\)"),
+        ({"w2a": (9, 3)}, "w2a"),
+        ({"rows": (8,)}, "factors"),
+    ],
+    ids=str,
+)
+def test_native_refuses_what_does_not_fit(needs_native, wrong, message):
+    shapes = {"w1a": (9, 2), "w1b": (2, 7), "w2a": (9, 2), "w2b": (2, 7), "rows": (9,), **wrong}
+    w1a, w1b, w2a, w2b, rows = (torch.randn(shape) for shape in shapes.values())
+    with pytest.raises(ValueError, match=message):
+        native.core().khatri_rao(w1a, w1b, w2a, w2b, rows, torch.empty(4, 7), torch.empty(9, 4), 1.0, 1)
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -140,8 +173,8 @@ def test_gradcheck(form, need_dx):
     def run(x, *four):
         if form == "tiled":
             return loha.TiledHadamard.apply(x, *four, mask, None, owner, 0.5, F64)
-        A, B = loha.KhatriRao.apply(*four, mask, F64)
-        return LoraLinear.apply(x, A, B, owner, 0.5, 0.0, None, F64)
+        A, B = loha.KhatriRao.apply(*four, mask, 0.5, F64)
+        return LoraLinear.apply(x, A, B, owner, 1.0, 0.0, None, F64)
 
     assert torch.autograd.gradcheck(run, (x, *factors_of(5, 6, 2, F64)))
 
@@ -149,8 +182,8 @@ def test_gradcheck(form, need_dx):
 def test_the_forms_agree():
     layer = make_layer(40, 70, 90, 1)
     owner, four = Owner(layer.weight, None, layer.bias), factors_of(70, 90, 3)
-    A, B = loha.KhatriRao.apply(*four, None, F32)
-    low = LoraLinear.apply(layer.x, A, B, owner, 0.5, 0.0, None, F32)
+    A, B = loha.KhatriRao.apply(*four, None, 0.5, F32)
+    low = LoraLinear.apply(layer.x, A, B, owner, 1.0, 0.0, None, F32)
     tiled = loha.TiledHadamard.apply(layer.x, *four, None, None, owner, 0.5, F32)
     assert_close(tiled, low.double(), "product", F32)
 
@@ -160,9 +193,9 @@ def test_opcheck():
     four = [w.detach() for w in factors_of(7, 9, 2)]
     mask = mask_of(9, True)
     ops = torch.ops.pyadapt
-    A, B = ops.khatri_rao(*four, mask, BF16)
-    torch.library.opcheck(ops.khatri_rao.default, (*four, mask, BF16))
-    torch.library.opcheck(ops.khatri_rao_backward.default, (A, B, *four, mask))
+    A, B = ops.khatri_rao(*four, mask, 0.5, BF16)
+    torch.library.opcheck(ops.khatri_rao.default, (*four, mask, 0.5, BF16))
+    torch.library.opcheck(ops.khatri_rao_backward.default, (A, B, *four, mask, 0.5))
     W = layer.weight, layer.weight_scale
     torch.library.opcheck(ops.loha_forward.default, (layer.x, *W, layer.bias, *four, mask, 0.5, None, BF16))
     torch.library.opcheck(ops.loha_forward.default, (layer.x, None, None, None, *four, None, 0.5, layer.g, BF16))

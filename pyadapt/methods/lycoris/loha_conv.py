@@ -83,7 +83,7 @@ class ConvUnit(LoHaUnit):
         factors, dtype = self.output_factors(x, w1a.shape[0]), low_rank_dtype(x)
         w1a = w1a * (self.scaling if factors is None else self.scaling * factors[:, None])
         if is_low_rank(w1a.shape[0], w1b.shape[1], w1b.shape[0], owner.groups):
-            A, B = KhatriRao.apply(w1a, w1b, w2a, w2b, None, dtype)
+            A, B = KhatriRao.apply(w1a, w1b, w2a, w2b, None, 1.0, dtype)
             A = A.view(-1, owner.in_channels, *owner.kernel_size)
             return low_rank.conv(x, A, B.view(*B.shape, *(1 for _ in owner.kernel_size)), owner)
         if torch.is_grad_enabled():

@@ -52,8 +52,8 @@ class LinearUnit(LoHaUnit):
         """See `AdapterUnit.low_rank`; the factors hold the dropped rows of this step."""
         w1a, w1b, w2a, w2b = self.matrices()
         dtype = torch.promote_types(w1a.dtype, torch.float32)
-        A, B = KhatriRao.apply(w1a, w1b, w2a, w2b, self.output_factors(w1a, w1a.shape[0]), dtype)
-        return LowRank(A, B, self.scaling)
+        A, B = KhatriRao.apply(w1a, w1b, w2a, w2b, self.output_factors(w1a, w1a.shape[0]), self.scaling, dtype)
+        return LowRank(A, B, 1.0)
 
     def forward(self, x: Tensor, owner: AdaptedLayer, y: Tensor | None = None) -> Tensor:
         """See `AdapterUnit.forward`."""
@@ -62,8 +62,8 @@ class LinearUnit(LoHaUnit):
         factors = self.output_factors(x, out_features)
         rows = x.numel() // in_features
         if not is_tiled(rows, out_features, in_features, rank, x.dtype):
-            A, B = KhatriRao.apply(w1a, w1b, w2a, w2b, factors, low_rank_dtype(x))
-            return low_rank.linear(x, LowRank(A, B, self.scaling), owner, y)
+            A, B = KhatriRao.apply(w1a, w1b, w2a, w2b, factors, self.scaling, low_rank_dtype(x))
+            return low_rank.linear(x, LowRank(A, B, 1.0), owner, y)
         x = product_input(x)
         trained = y is None and owner.live_bias is not None
         dtype = output_dtype(x) if y is None else y.dtype

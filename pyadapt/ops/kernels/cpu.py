@@ -214,6 +214,36 @@ def expand_dx_(dx: Tensor, dS: Tensor, A: Tensor, dropout_p: float, seed: Tensor
     return dx
 
 
+def khatri_rao(
+    w1a: Tensor, w1b: Tensor, w2a: Tensor, w2b: Tensor, factors: Tensor | None, scaling: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """(A, B) in ``dtype`` with A[(i, j)] = w1b[i] w2b[j], B[n, (i, j)] = s f[n] w1a[n, i] w2a[n, j]; all fp32."""
+    (r1, K), r2, N = w1b.shape, w2b.shape[0], w1a.shape[0]
+    A, B = w1b.new_empty((r1 * r2, K), dtype=dtype), w1a.new_empty((N, r1 * r2), dtype=dtype)
+    four = (w.contiguous() for w in (w1a, w1b, w2a, w2b))
+    _core().khatri_rao(*four, factors, A, B, scaling, get_num_threads())
+    return A, B
+
+
+def khatri_rao_backward(
+    dA: Tensor,
+    dB: Tensor,
+    w1a: Tensor,
+    w1b: Tensor,
+    w2a: Tensor,
+    w2b: Tensor,
+    factors: Tensor | None,
+    scaling: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(dw1a, dw1b, dw2a, dw2b) in fp32."""
+    four = [w.contiguous() for w in (w1a, w1b, w2a, w2b)]
+    gradients = [torch.empty_like(w) for w in four]
+    _core().khatri_rao_backward(
+        dA.contiguous(), dB.contiguous(), *four, factors, *gradients, scaling, get_num_threads()
+    )
+    return gradients[0], gradients[1], gradients[2], gradients[3]
+
+
 def lokr_forward_(
     y: Tensor, x: Tensor, w1: Tensor, down: Tensor, up: Tensor | None, factors: Tensor | None, scaling: float
 ) -> Tensor:
