@@ -5,12 +5,14 @@ from __future__ import annotations
 import abc
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import le
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from .config import AdapterConfig
+from .layer_config import RankedConfig
 from .low_rank import LowRank, linear_by_row
 
 if TYPE_CHECKING:
@@ -203,6 +205,21 @@ class AdapterUnit(nn.Module, abc.ABC):
         own = {key: parameter.shape for key, parameter in self.by_file_key().items()}
         return own == {key: value.shape for key, value in values.items()}
 
+    def can_pad(self, value: Tensor, held: nn.Parameter) -> bool:
+        """Whether `value` is the parameter `held` at ranks that are not higher."""
+        return value.dim() == held.dim() and all(map(le, value.shape, held.shape))
+
+    def can_take_padded(self, values: Mapping[str, Tensor]) -> bool:
+        """Whether `take_padded` can put another adapter's values into these parameters."""
+        own = self.by_file_key()
+        return own.keys() == values.keys() and all(self.can_pad(values[key], held) for key, held in own.items())
+
+    def take_padded(self, values: Mapping[str, Tensor]) -> None:
+        """Take over another adapter's values, of these ranks or lower ones, with zeros beyond."""
+        for key, held in self.by_file_key().items():
+            held.zero_()
+            held[tuple(slice(0, size) for size in values[key].shape)] = values[key].to(held.dtype)
+
     def take(self, values: Mapping[str, Tensor], config: Any, path: str) -> None:
         """Take over another adapter's values for the layer at `path`, in place."""
         for key, parameter in self.by_file_key().items():
@@ -232,34 +249,39 @@ def refuse_data(data: Any) -> None:
         raise ValueError('data is given, but only LoRA with init_lora_weights="eva" starts from data')
 
 
-class LayerMethod(abc.ABC):
+class LayerMethod:
     """A method that gives each targeted layer an `AdapterUnit`."""
 
     peft_type: ClassVar[str]
     config_class: ClassVar[type[AdapterConfig]]
+    # Form of a layer -> the unit that serves it.
+    units: ClassVar[dict[str, type[AdapterUnit]]] = {}
     # Whether training follows a schedule, so that `after_step` is to be called after each optimizer step.
     has_schedule: ClassVar[bool] = False
     # Whether an adapter in training adds a term to the loss; see `penalty`.
     has_penalty: ClassVar[bool] = False
 
-    @staticmethod
-    @abc.abstractmethod
-    def unit_class(config: Any, base: type[BaseWeight]) -> type[AdapterUnit]:
+    @classmethod
+    def unit_class(cls, config: Any, base: type[BaseWeight]) -> type[AdapterUnit]:
         """The unit for a layer with this kind of weight.
 
         Raises:
             ValueError: the method has none for what such a layer computes.
         """
+        if base.form not in cls.units:
+            raise ValueError(f"{cls.__name__} cannot adapt {base.form} layers, only {' and '.join(cls.units)} ones")
+        return cls.units[base.form]
 
     @staticmethod
-    @abc.abstractmethod
     def rank(config: Any, path: str) -> int:
         """The rank of the adapter on the layer at `path`; 0 where there is none."""
+        return config.rank_of(path) if isinstance(config, RankedConfig) else 0
 
     @staticmethod
-    @abc.abstractmethod
     def check(config: Any, model: nn.Module, paths: list[str]) -> None:
         """Refuse, before anything is changed, what fits the configuration but not these layers of this model."""
+        if isinstance(config, RankedConfig):
+            config.check_patterns(paths)
 
     @staticmethod
     def after_step(name: str, config: Any, units: Sequence[Any], global_step: int) -> None:

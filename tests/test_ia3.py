@@ -193,14 +193,6 @@ def test_feedforward_modules_outside_the_default_targets():
         pyadapt.wrap(build("llama"), IA3Config(feedforward_modules=["up_proj"]))
 
 
-def test_embeddings_are_refused():
-    model = build("llama")
-    before = snapshot(model)
-    with pytest.raises(ValueError, match=r"embed_tokens \(Embedding\): IA3 .* cannot adapt embeddings"):
-        pyadapt.wrap(model, IA3Config(target_modules=["embed_tokens"], feedforward_modules=[]))
-    assert snapshot(model) == before
-
-
 def test_a_tied_head_is_refused_alone():
     model = build("gpt2")
     before = snapshot(model)

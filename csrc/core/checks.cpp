@@ -70,21 +70,21 @@ void check_matrix(const Tensor& tensor, Extent rows, Extent cols) {
     check_rows(tensor);
 }
 
-void check_dense(const Tensor& matrix, Extent rows, Extent cols) {
-    check_shape(matrix, rows, cols);
-    if (matrix.strides[1] != 1 || (rows.size > 1 && matrix.strides[0] != cols.size))
-        throw ValueError(std::string(matrix.name) + " has gaps between its rows; wanted a contiguous tensor");
-}
-
-void check_dense_floats(const Tensor& matrix, Extent rows, Extent cols) {
-    check_dense(matrix, rows, cols);
-    check_dtype(matrix, DType::f32);
-}
-
 void check_result(const Tensor& tensor, Extent rows, Extent cols) {
     check_shape(tensor, rows, cols);
     check_floating(tensor);
     check_output(tensor);
+}
+
+void check_dense(const Tensor& tensor, Extent rows, Extent cols) {
+    check_result(tensor, rows, cols);
+    if (rows.size > 1 && tensor.strides[0] != cols.size)
+        throw ValueError(std::string(tensor.name) + " has gaps between its rows; wanted a contiguous tensor");
+}
+
+void check_dense_fp32(const Tensor& tensor, Extent rows, Extent cols) {
+    check_dense(tensor, rows, cols);
+    check_dtype(tensor, DType::f32);
 }
 
 void check_seed(const Tensor& seed) {

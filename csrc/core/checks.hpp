@@ -31,11 +31,11 @@ void check_output(const Tensor& tensor);
 void check_two_dimensional(const Tensor& tensor);
 // A floating matrix to read, in rows.
 void check_matrix(const Tensor& tensor, Extent rows, Extent cols);
-// A matrix without gaps between its rows, and one that is fp32 as well.
-void check_dense(const Tensor& matrix, Extent rows, Extent cols);
-void check_dense_floats(const Tensor& matrix, Extent rows, Extent cols);
 // A floating matrix to write.
 void check_result(const Tensor& tensor, Extent rows, Extent cols);
+// One without gaps between its rows, as small matrices are kept.
+void check_dense(const Tensor& tensor, Extent rows, Extent cols);
+void check_dense_fp32(const Tensor& tensor, Extent rows, Extent cols);
 
 void check_seed(const Tensor& seed);
 [[noreturn]] void refuse_missing_seed(double p);

@@ -20,9 +20,9 @@ Kron kron(const Tensor& x, const LokrTerm& term, int threads) {
     job.d = term.down->sizes[1];
     if (term.up) check_two_dimensional(*term.up);
     job.b = term.up ? term.up->sizes[0] : job.h;
-    check_dense_floats(*term.w1, {"a", job.a}, {"c", job.c});
-    check_dense_floats(*term.down, {"h", job.h}, {"d", job.d});
-    if (term.up) check_dense_floats(*term.up, {"b", job.b}, {"h", job.h});
+    check_dense_fp32(*term.w1, {"a", job.a}, {"c", job.c});
+    check_dense_fp32(*term.down, {"h", job.h}, {"d", job.d});
+    if (term.up) check_dense_fp32(*term.up, {"b", job.b}, {"h", job.h});
     if (term.factors) {
         check_shape(*term.factors, {"a b", job.a * job.b});
         check_dtype(*term.factors, DType::f32);
@@ -67,10 +67,10 @@ void lokr_backward(const Tensor& g, const Tensor& x, const LokrTerm& term, const
         job.dx_dtype = dx->dtype;
         job.dx_stride = dx->strides[0];
     }
-    check_dense_floats(dw1, {"a", job.a}, {"c", job.c});
-    check_dense_floats(d_down, {"h", job.h}, {"d", job.d});
+    check_dense_fp32(dw1, {"a", job.a}, {"c", job.c});
+    check_dense_fp32(d_down, {"h", job.h}, {"d", job.d});
     if (job.up && !d_up) throw ValueError("d_up is None; wanted a tensor, because up is one");
-    if (job.up) check_dense_floats(*d_up, {"b", job.b}, {"h", job.h});
+    if (job.up) check_dense_fp32(*d_up, {"b", job.b}, {"h", job.h});
     job.dw1 = floats(dw1);
     job.d_down = floats(d_down);
     job.d_up = job.up ? floats(*d_up) : nullptr;

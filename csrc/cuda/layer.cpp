@@ -25,18 +25,6 @@ void check_activations(const Tensor& tensor, DType dtype, Extent rows, Extent co
     check_rows(tensor);
 }
 
-// Rows without gaps, as the kernels keep the small matrices that they write.
-void check_dense(const Tensor& tensor, Extent rows, Extent columns) {
-    check_result(tensor, rows, columns);
-    if (rows.size > 1 && tensor.strides[0] != columns.size)
-        throw ValueError(std::string(tensor.name) + " has gaps between its rows; wanted a contiguous tensor");
-}
-
-void check_dense_fp32(const Tensor& tensor, Extent rows, Extent columns) {
-    check_dense(tensor, rows, columns);
-    check_dtype(tensor, DType::f32);
-}
-
 void check_layer_weight(const Weight& weight, DType dtype, std::int64_t N, std::int64_t K) {
     check_weight(weight, N, K);
     check_per_output(weight, N);

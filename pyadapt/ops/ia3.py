@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -91,16 +91,6 @@ _OUTPUT_FORWARD: dict[str, Callable[..., Tensor]] = {
     "library": _output_forward_library,
     "reference": output_forward_reference,
 }
-
-
-def _output_forward(
-    x: Tensor, weight: Tensor, weight_scale: Tensor | None, bias: Tensor | None, l: Tensor, out_dtype: torch.dtype
-) -> Tensor:
-    case = routes.case_of("forward", x, weight, 0, out_dtype)
-    # Summed in fp32, or fp64: so l is read as that, whatever it is stored in.
-    return routes.run(
-        case, _OUTPUT_FORWARD, x.device, (x, weight, weight_scale, bias, l.to(compute_dtype(x)), out_dtype)
-    )
 
 
 def _dl_of_columns(
@@ -213,13 +203,23 @@ _INPUT_FORWARD: dict[str, Callable[..., Tensor]] = {
 }
 
 
-def _input_forward(
-    x: Tensor, weight: Tensor, weight_scale: Tensor | None, bias: Tensor | None, l: Tensor, out_dtype: torch.dtype
+def _forward(
+    forms: Mapping[str, Callable[..., Tensor]],
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor | None,
+    bias: Tensor | None,
+    l: Tensor,
+    out_dtype: torch.dtype,
 ) -> Tensor:
+    """y by whichever form of a side serves."""
     case = routes.case_of("forward", x, weight, 0, out_dtype)
-    return routes.run(
-        case, _INPUT_FORWARD, x.device, (x, weight, weight_scale, bias, l.to(compute_dtype(x)), out_dtype)
-    )
+    # Summed in fp32, or fp64: so l is read as that, whatever it is stored in.
+    return routes.run(case, forms, x.device, (x, weight, weight_scale, bias, l.to(compute_dtype(x)), out_dtype))
+
+
+_output_forward = functools.partial(_forward, _OUTPUT_FORWARD)
+_input_forward = functools.partial(_forward, _INPUT_FORWARD)
 
 
 def _input_backward(

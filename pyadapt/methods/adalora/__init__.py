@@ -7,7 +7,6 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from ...base import BaseWeight
 from ...config import AdapterConfig
 from ...method import AdapterUnit, LayerMethod, register
 from . import allocation, orthogonality
@@ -17,8 +16,6 @@ from .unit import ConvUnit, LinearUnit
 
 __all__ = ["AdaLora", "AdaLoraConfig", "ConvUnit", "LinearUnit"]
 
-UNITS: dict[str, type[AdapterUnit]] = {"linear": LinearUnit, "conv": ConvUnit}
-
 
 @register
 class AdaLora(LayerMethod):
@@ -26,27 +23,11 @@ class AdaLora(LayerMethod):
 
     peft_type: ClassVar[str] = AdaLoraConfig.peft_type
     config_class: ClassVar[type[AdapterConfig]] = AdaLoraConfig
+    units: ClassVar[dict[str, type[AdapterUnit]]] = {"linear": LinearUnit, "conv": ConvUnit}
     has_schedule: ClassVar[bool] = True
     has_penalty: ClassVar[bool] = True
     after_step = staticmethod(allocation.update_and_allocate)
     penalty = staticmethod(orthogonality.penalty)
-
-    @staticmethod
-    def unit_class(config: AdaLoraConfig, base: type[BaseWeight]) -> type[AdapterUnit]:
-        """See `LayerMethod.unit_class`."""
-        if base.form not in UNITS:
-            raise ValueError(f"AdaLoRA cannot adapt {base.form} layers, only linear ones and convolutions")
-        return UNITS[base.form]
-
-    @staticmethod
-    def rank(config: AdaLoraConfig, path: str) -> int:
-        """See `LayerMethod.rank`."""
-        return config.rank_of(path)
-
-    @staticmethod
-    def check(config: AdaLoraConfig, model: nn.Module, paths: list[str]) -> None:
-        """See `LayerMethod.check`."""
-        config.check_patterns(paths)
 
     @classmethod
     def as_saved(

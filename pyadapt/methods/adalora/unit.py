@@ -12,7 +12,6 @@ Source: Zhang et al., "Adaptive Budget Allocation for Parameter-Efficient Fine-T
 from __future__ import annotations
 
 from collections.abc import Mapping
-from operator import le
 from typing import Any, ClassVar, cast
 
 import torch
@@ -125,17 +124,11 @@ class AdaLoraUnit(AdapterUnit):
 
     def can_take(self, values: Mapping[str, Tensor], config: AdaLoraConfig) -> bool:
         """See `AdapterUnit.can_take`; lower ranks are padded with zeros."""
-        own = self.by_file_key()
-        return own.keys() == values.keys() and all(
-            values[key].dim() == held.dim() and all(map(le, values[key].shape, held.shape)) for key, held in own.items()
-        )
+        return self.can_take_padded(values)
 
     def take(self, values: Mapping[str, Tensor], config: AdaLoraConfig, path: str) -> None:
         """See `AdapterUnit.take`; the ratio of the scalings goes into E. A schedule starts anew."""
-        for key, held in self.by_file_key().items():
-            value = values[key]
-            held.zero_()
-            held[tuple(slice(0, size) for size in value.shape)] = value.to(held.dtype)
+        self.take_padded(values)
         self.lora_E.mul_(config.scaling_of(path) / self.scaling)
         for name, buffer in self.named_buffers(recurse=False):
             buffer.fill_(name == "kept")

@@ -8,10 +8,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from ...base import BaseWeight
 from ...config import AdapterConfig
 from ...discovery import import_submodules
-from ...method import LayerMethod, register
+from ...method import AdapterUnit, LayerMethod, register
 from ...targets import matches
 from .config import IA3Config, peft_matches
 from .conv import ConvUnit
@@ -32,21 +31,7 @@ class IA3(LayerMethod):
 
     peft_type: ClassVar[str] = IA3Config.peft_type
     config_class: ClassVar[type[AdapterConfig]] = IA3Config
-    units: ClassVar[dict[str, type[IA3Unit]]] = {"linear": LinearUnit, "conv": ConvUnit}
-
-    @staticmethod
-    def unit_class(config: IA3Config, base: type[BaseWeight]) -> type[IA3Unit]:
-        """See `LayerMethod.unit_class`."""
-        if base.form not in IA3.units:
-            raise ValueError(
-                f"IA3 scales what linear layers and convolutions read or give; it cannot adapt {base.form}s"
-            )
-        return IA3.units[base.form]
-
-    @staticmethod
-    def rank(config: IA3Config, path: str) -> int:
-        """See `LayerMethod.rank`: there is none."""
-        return 0
+    units: ClassVar[dict[str, type[AdapterUnit]]] = {"linear": LinearUnit, "conv": ConvUnit}
 
     @staticmethod
     def check(config: IA3Config, model: nn.Module, paths: list[str]) -> None:

@@ -34,8 +34,8 @@ class Lora(LayerMethod):
     peft_type: ClassVar[str] = LoraConfig.peft_type
     config_class: ClassVar[type[AdapterConfig]] = LoraConfig
 
-    @staticmethod
-    def unit_class(config: LoraConfig, base: type[BaseWeight]) -> type[LoraUnit]:
+    @classmethod
+    def unit_class(cls, config: LoraConfig, base: type[BaseWeight]) -> type[LoraUnit]:
         """See `LayerMethod.unit_class`."""
         unit = UNITS.get((base.form, config.use_dora))
         if unit is None and (base.form, False) in UNITS:
@@ -53,11 +53,6 @@ class Lora(LayerMethod):
 
     combined_config = staticmethod(combined_config)
     combine = staticmethod(combine)
-
-    @staticmethod
-    def rank(config: LoraConfig, path: str) -> int:
-        """See `LayerMethod.rank`."""
-        return config.rank_of(path)
 
     @staticmethod
     def check(config: LoraConfig, model: nn.Module, paths: list[str]) -> None:

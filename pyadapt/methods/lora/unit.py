@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Mapping
-from operator import le
 from typing import Any, ClassVar, TypeVar, cast
 
 import torch
@@ -137,28 +136,14 @@ class LoraUnit(AdapterUnit):
 
     def can_take(self, values: Mapping[str, Tensor], config: LoraConfig) -> bool:
         """See `AdapterUnit.can_take`; lower ranks are padded with zeros."""
-        own = self.by_file_key()
-        return (
-            own.keys() == values.keys()
-            and self.start_A is None
-            and not self.needs_start(config)
-            and all(self.can_pad(values[key], held) for key, held in own.items())
-        )
-
-    def can_pad(self, value: Tensor, held: nn.Parameter) -> bool:
-        """Whether `value` is the parameter `held` at a rank that is not higher."""
-        return value.dim() == held.dim() and all(map(le, value.shape, held.shape))
+        return self.start_A is None and not self.needs_start(config) and self.can_take_padded(values)
 
     def take(self, values: Mapping[str, Tensor], config: LoraConfig, path: str) -> None:
         """See `AdapterUnit.take`; the ratio of the scalings goes into B and its bias."""
-        ratio = config.scaling_of(path) / self.scaling
-        _, B = self.parameters_of_factors()
-        for key, held in self.by_file_key().items():
-            value = values[key]
-            held.zero_()
-            held[tuple(slice(0, size) for size in value.shape)] = value.to(held.dtype)
-            if held is B or held is self.lora_bias:
-                held.mul_(ratio)
+        self.take_padded(values)
+        for scaled in (self.parameters_of_factors()[1], self.lora_bias):
+            if scaled is not None:
+                scaled.mul_(config.scaling_of(path) / self.scaling)
 
     def extra_repr(self) -> str:
         """Rank, scaling and dropout, for `print(model)`."""

@@ -16,7 +16,6 @@ LyCORIS.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -25,12 +24,9 @@ from torch import Tensor, nn
 
 from ...base import BaseWeight
 from ...config import AdapterConfig
-from ...method import LayerMethod, register
+from ...method import AdapterUnit, register
 from .config import LycorisConfig
-from .unit import LycorisUnit
-
-# Form of a layer -> the unit that serves it; `loha_linear` and `loha_conv` add theirs.
-UNITS: dict[str, type[LoHaUnit]] = {}
+from .unit import LycorisMethod, LycorisUnit
 
 
 @dataclass
@@ -101,33 +97,9 @@ class LoHaUnit(LycorisUnit):
 
 
 @register
-class LoHa(LayerMethod):
-    """LoHa on linear layers and convolutions."""
+class LoHa(LycorisMethod):
+    """LoHa; `loha_linear` and `loha_conv` add their units."""
 
     peft_type: ClassVar[str] = LoHaConfig.peft_type
     config_class: ClassVar[type[AdapterConfig]] = LoHaConfig
-
-    @staticmethod
-    def unit_class(config: LoHaConfig, base: type[BaseWeight]) -> type[LoHaUnit]:
-        """See `LayerMethod.unit_class`."""
-        if base.form not in UNITS:
-            raise ValueError(f"LoHa cannot adapt {base.form} layers, only {' and '.join(sorted(UNITS))} ones")
-        return UNITS[base.form]
-
-    @staticmethod
-    def rank(config: LoHaConfig, path: str) -> int:
-        """See `LayerMethod.rank`."""
-        return config.rank_of(path)
-
-    @staticmethod
-    def check(config: LoHaConfig, model: nn.Module, paths: list[str]) -> None:
-        """See `LayerMethod.check`."""
-        config.check_patterns(paths)
-
-    @classmethod
-    def combination(cls, adapters: Sequence[str], weights: Sequence[float], **how: Any) -> Any:
-        """See `LayerMethod.combination`: there is none."""
-        raise ValueError(
-            "a weighted sum of LoHa adapters is no LoHa: let them work together, set_adapter([...]), each with its "
-            "weight, set_scale(name, weight); or merge them"
-        )
+    units: ClassVar[dict[str, type[AdapterUnit]]] = {}

@@ -19,7 +19,7 @@ from ... import low_rank
 from ...base import BaseWeight
 from ...layer import AdaptedLayer
 from ...ops.loha import KhatriRao, low_rank_dtype
-from .loha import UNITS, LoHaConfig, LoHaUnit
+from .loha import LoHa, LoHaConfig, LoHaUnit
 
 KHATRI_RAO_CONV, REFERENCE_CONV = "khatri-rao, convolutions", "convolution with dW"
 
@@ -101,4 +101,4 @@ def with_delta(x: Tensor, w1a: Tensor, w1b: Tensor, w2a: Tensor, w2b: Tensor, ow
     return low_rank.conv_like(x.to(dtype), delta.view(kernel), owner, owner.groups)
 
 
-UNITS["conv"] = ConvUnit
+LoHa.units["conv"] = ConvUnit

@@ -14,7 +14,7 @@ from ...layer import AdaptedLayer
 from ...low_rank import LowRank
 from ...ops import routes
 from ...ops.loha import KhatriRao, TiledHadamard, low_rank_dtype
-from .loha import UNITS, LoHaConfig, LoHaUnit
+from .loha import LoHa, LoHaConfig, LoHaUnit
 
 # Where the tiled form is faster, forward and backward: the Khatri-Rao form costs as r^2 (N + K) M, the tiled one as
 # N K (M + TILED_ROWS), the rows being what forming dW costs. Measured on a CPU with AVX-512 and bf16 instructions,
@@ -72,4 +72,4 @@ class LinearUnit(LoHaUnit):
         return out + owner.bias.to(out.dtype) if trained else out
 
 
-UNITS["linear"] = LinearUnit
+LoHa.units["linear"] = LinearUnit

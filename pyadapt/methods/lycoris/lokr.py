@@ -16,7 +16,6 @@ Source: Yeh et al., "Navigating Text-to-Image Customization: From LyCORIS Fine-T
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -26,12 +25,9 @@ from torch import Tensor, nn
 from ...base import BaseWeight
 from ...config import AdapterConfig
 from ...lookup import parameter
-from ...method import LayerMethod, register
+from ...method import AdapterUnit, register
 from .config import LycorisConfig
-from .unit import LycorisUnit
-
-# Form of a layer -> the unit that serves it; `lokr_linear` and `lokr_conv` add theirs.
-UNITS: dict[str, type[LoKrUnit]] = {}
+from .unit import LycorisMethod, LycorisUnit
 
 LYCORIS = "lycoris"
 
@@ -191,33 +187,9 @@ class LoKrUnit(LycorisUnit):
 
 
 @register
-class LoKr(LayerMethod):
-    """LoKr on linear layers and convolutions."""
+class LoKr(LycorisMethod):
+    """LoKr; `lokr_linear` and `lokr_conv` add their units."""
 
     peft_type: ClassVar[str] = LoKrConfig.peft_type
     config_class: ClassVar[type[AdapterConfig]] = LoKrConfig
-
-    @staticmethod
-    def unit_class(config: LoKrConfig, base: type[BaseWeight]) -> type[LoKrUnit]:
-        """See `LayerMethod.unit_class`."""
-        if base.form not in UNITS:
-            raise ValueError(f"LoKr cannot adapt {base.form} layers, only {' and '.join(sorted(UNITS))} ones")
-        return UNITS[base.form]
-
-    @staticmethod
-    def rank(config: LoKrConfig, path: str) -> int:
-        """See `LayerMethod.rank`."""
-        return config.rank_of(path)
-
-    @staticmethod
-    def check(config: LoKrConfig, model: nn.Module, paths: list[str]) -> None:
-        """See `LayerMethod.check`."""
-        config.check_patterns(paths)
-
-    @classmethod
-    def combination(cls, adapters: Sequence[str], weights: Sequence[float], **how: Any) -> Any:
-        """See `LayerMethod.combination`: there is none."""
-        raise ValueError(
-            "a weighted sum of LoKr adapters is no LoKr: let them work together, set_adapter([...]), each with its "
-            "weight, set_scale(name, weight); or merge them"
-        )
+    units: ClassVar[dict[str, type[AdapterUnit]]] = {}

@@ -19,7 +19,7 @@ from ... import low_rank
 from ...base import BaseWeight
 from ...layer import AdaptedLayer
 from ...lookup import parameter
-from .lokr import UNITS, LoKrConfig, LoKrUnit, Sizes, sizes
+from .lokr import LoKr, LoKrConfig, LoKrUnit, Sizes, sizes
 
 FACTORED, DENSE = "kronecker, convolutions", "convolution with dW"
 
@@ -123,4 +123,4 @@ def with_delta(x: Tensor, w1: Tensor, down: Tensor, up: Tensor | None, owner: An
         return low_rank.conv_like(x.to(w1.dtype), torch.kron(w1, w2).view(kernel), owner, owner.groups)
 
 
-UNITS["conv"] = ConvUnit
+LoKr.units["conv"] = ConvUnit

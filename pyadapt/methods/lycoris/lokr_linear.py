@@ -11,7 +11,7 @@ from ...dtypes import output_dtype, product_input
 from ...layer import AdaptedLayer
 from ...ops import routes
 from ...ops.lokr import LARGEST_FACTOR, LokrLinear
-from .lokr import UNITS, LoKrConfig, LoKrUnit, sizes
+from .lokr import LoKr, LoKrConfig, LoKrUnit, sizes
 
 
 class LinearUnit(LoKrUnit):
@@ -46,4 +46,4 @@ class LinearUnit(LoKrUnit):
         return y if trained is None else y + trained.to(y.dtype)
 
 
-UNITS["linear"] = LinearUnit
+LoKr.units["linear"] = LinearUnit

@@ -1,16 +1,16 @@
-"""What the units of LoHa and LoKr have in common."""
+"""What LoHa and LoKr have in common beside their configuration."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from operator import le
+import abc
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ...base import BaseWeight
-from ...method import AdapterUnit
+from ...method import AdapterUnit, LayerMethod
 from .config import LycorisConfig
 from .dropout import output_factors
 
@@ -40,25 +40,32 @@ class LycorisUnit(AdapterUnit):
             return None
         return output_factors(x, features, self.rank_dropout, self.module_dropout, self.rescales)
 
+    @abc.abstractmethod
     def scaled(self) -> nn.Parameter:
         """The parameter that takes another scaling of the update, in which the update is linear."""
-        raise NotImplementedError
 
     def can_take(self, values: Mapping[str, Tensor], config: LycorisConfig) -> bool:
         """See `AdapterUnit.can_take`; lower ranks are padded with zeros."""
-        own = self.by_file_key()
-        return own.keys() == values.keys() and all(
-            values[key].dim() == held.dim() and all(map(le, values[key].shape, held.shape)) for key, held in own.items()
-        )
+        return self.can_take_padded(values)
 
     def take(self, values: Mapping[str, Tensor], config: LycorisConfig, path: str) -> None:
         """See `AdapterUnit.take`; the ratio of the scalings goes into `scaled`."""
-        for key, held in self.by_file_key().items():
-            value = values[key]
-            held.zero_()
-            held[tuple(slice(0, size) for size in value.shape)] = value.to(held.dtype)
+        self.take_padded(values)
         self.scaled().mul_(config.scaling_of(path) / self.scaling)
 
     def extra_repr(self) -> str:
         """Scaling and dropouts, for `print(model)`."""
         return f"scaling={self.scaling:g}, rank_dropout={self.rank_dropout:g}, module_dropout={self.module_dropout:g}"
+
+
+class LycorisMethod(LayerMethod):
+    """LoHa or LoKr on linear layers and convolutions."""
+
+    @classmethod
+    def combination(cls, adapters: Sequence[str], weights: Sequence[float], **how: Any) -> Any:
+        """See `LayerMethod.combination`: there is none."""
+        name = cls.__name__
+        raise ValueError(
+            f"a weighted sum of {name} adapters is no {name}: let them work together, set_adapter([...]), each with "
+            "its weight, set_scale(name, weight); or merge them"
+        )
