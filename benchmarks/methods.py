@@ -1,8 +1,9 @@
 """Every weight-side method on one linear layer, beside peft and LyCORIS: ``python -m benchmarks.methods``.
 
 Forward and backward of an adapted layer, as a user's model runs it, over torch's frozen layer in the same dtype:
-y = x W' and dx = g W. Each library has its defaults (adapters in fp32). A case that would take longer than a few
-seconds a run is left out, and says so. Times are medians of interleaved runs.
+y = x W' and dx = g W. Each library has its defaults (adapters in fp32). Times are medians of runs in turns with the
+frozen layer, in one process, each library by itself: one that leaves caches and allocator in another state slows what
+comes after it. A case that would take longer than a few seconds a run is left out (a dash).
 """
 
 from __future__ import annotations
@@ -87,28 +88,31 @@ def with_lycoris(weight: Tensor, case: str) -> Adapted:
 LIBRARIES = {"pyadapt": with_pyadapt, "peft": with_peft, "lycoris": with_lycoris}
 
 
-def cases(M: int, K: int, N: int, dtype: torch.dtype) -> Iterator[tuple[str, Run]]:
-    """(name, run) of one shape, the frozen layer first."""
+def cases(library: str, M: int, K: int, N: int, dtype: torch.dtype) -> Iterator[tuple[str, Run]]:
+    """(case, run) of one library on one shape, the frozen layer first."""
     x, weight = torch.randn(M, K).to(dtype), (torch.randn(N, K) / K**0.5).to(dtype)
     yield FLOOR, step(lambda x: F.linear(x, weight), x, [])
     for case in CONFIGS:
-        for library, make in LIBRARIES.items():
-            if library != "lycoris" or case in LYCORIS:
-                forward, trained = make(weight, case)
-                yield f"{library} {case}", step(forward, x, trained)
+        if library != "lycoris" or case in LYCORIS:
+            forward, trained = LIBRARIES[library](weight, case)
+            yield case, step(forward, x, trained)
 
 
-def too_slow(M: int, K: int, N: int, dtype: torch.dtype, slowest: float) -> set[str]:
-    """Cases whose time on a few rows predicts too long a run."""
+def fast_enough(library: str, M: int, K: int, N: int, dtype: torch.dtype, slowest: float) -> set[str]:
+    """Cases but those whose time on a few rows predicts too long a run."""
     few = max(M // 8, 16)
-    return {name for name, run in cases(few, K, N, dtype) if min(seconds_of(run) for _ in range(2)) * M / few > slowest}
+    return {
+        case
+        for case, run in cases(library, few, K, N, dtype)
+        if min(seconds_of(run) for _ in range(2)) * M / few <= slowest
+    }
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Measure, print, and append to a CSV where one is named."""
     parser = argparse.ArgumentParser(prog="benchmarks.methods", description=__doc__.split("\n")[0])
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
-    parser.add_argument("--seconds", type=float, default=40.0, help="for each shape (default %(default)s)")
+    parser.add_argument("--seconds", type=float, default=15.0, help="a shape and library (default %(default)s)")
     parser.add_argument("--slowest", type=float, default=SLOWEST, help="leave out cases of more seconds a run")
     parser.add_argument("--csv", type=Path, help="append the rows to this file")
     parser.add_argument("--quick", action="store_true", help="one small shape, a fraction of a second: for tests")
@@ -120,23 +124,22 @@ def main(arguments: list[str] | None = None) -> None:
     print(", ".join(f"{key} {value}" for key, value in environment().items()))
     rows: list[dict[str, object]] = []
     for M, K, N in QUICK_SHAPES if options.quick else SHAPES:
-        left_out = too_slow(M, K, N, dtype, options.slowest)
-        chosen = {name: run for name, run in cases(M, K, N, dtype) if name not in left_out}
-        timings = interleave(chosen, 0.2 if options.quick else options.seconds)
-        floor = timings[FLOOR].median
-        print(f"\nforward + backward, {options.dtype}, M={M} K={K} N={N}: {FLOOR} {floor:.2f} ms, and ratios to it")
+        ratios: dict[tuple[str, str], float] = {}
+        for library in LIBRARIES:
+            chosen = fast_enough(library, M, K, N, dtype, options.slowest)
+            runs = {case: run for case, run in cases(library, M, K, N, dtype) if case in chosen}
+            timings = interleave(runs, 0.2 if options.quick else options.seconds)
+            for case, timing in timings.items():
+                ratios[library, case] = ratio = timing.median / timings[FLOOR].median
+                spread = {"p20_ms": round(timing.quantile(0.2), 4), "p80_ms": round(timing.quantile(0.8), 4)}
+                where = {"dtype": options.dtype, "M": M, "K": K, "N": N, "library": library, "case": case}
+                measured = {"median_ms": round(timing.median, 4), **spread, "runs": len(timing.times)}
+                rows.append({**where, **measured, f"over {FLOOR}": round(ratio, 3)})
+        print(f"\nforward + backward, {options.dtype}, M={M} K={K} N={N}, over the frozen layer")
         print(f"{'':14}" + "".join(f"{library:>12}" for library in LIBRARIES))
         for case in CONFIGS:
-            found = [timings.get(f"{library} {case}") for library in LIBRARIES]
-            cells = ["-" if timing is None else f"{timing.median / floor:.2f}" for timing in found]
-            print(f"{case:14}" + "".join(f"{cell:>12}" for cell in cells))
-        for name, timing in timings.items():
-            spread = {"p20_ms": round(timing.quantile(0.2), 4), "p80_ms": round(timing.quantile(0.8), 4)}
-            measured = {"median_ms": round(timing.median, 4), **spread, "runs": len(timing.times)}
-            where = {"dtype": options.dtype, "M": M, "K": K, "N": N, "case": name}
-            rows.append({**where, **measured, f"over {FLOOR}": round(timing.median / floor, 3)})
-        for name in sorted(left_out):
-            print(f"{name}: left out, more than {options.slowest:g} s a run")
+            found = [ratios.get((library, case)) for library in LIBRARIES]
+            print(f"{case:14}" + "".join(f"{'-' if ratio is None else format(ratio, '.2f'):>12}" for ratio in found))
     if options.csv:
         write_csv(options.csv, rows)
 

@@ -81,7 +81,7 @@ class ConvUnit(LoHaUnit):
         """What the adapter adds to the layer's output."""
         w1a, w1b, w2a, w2b = self.matrices()
         factors, dtype = self.output_factors(x, w1a.shape[0]), low_rank_dtype(x)
-        w1a = w1a * (self.scaling if factors is None else self.scaling * factors[:, None])
+        w1a = self.scaling * (w1a if factors is None else w1a * factors.to(w1a.dtype)[:, None])
         if is_low_rank(w1a.shape[0], w1b.shape[1], w1b.shape[0], owner.groups):
             A, B = KhatriRao.apply(w1a, w1b, w2a, w2b, None, 1.0, dtype)
             A = A.view(-1, owner.in_channels, *owner.kernel_size)

@@ -100,7 +100,7 @@ class ConvUnit(LoKrUnit):
         dropped = self.output_factors(x, term.shape[1])
         if dropped is None:
             return self.scaling * term
-        return term * (self.scaling * dropped).to(term.dtype).view(-1, *(1 for _ in self.kernel))
+        return term * (self.scaling * dropped.to(term.dtype)).view(-1, *(1 for _ in self.kernel))
 
 
 def factored(x: Tensor, w1: Tensor, down: Tensor, up: Tensor | None, owner: Any) -> Tensor:
