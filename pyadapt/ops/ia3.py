@@ -317,8 +317,8 @@ class ScaledOutput(registry.Function):
         if pair is not None:
             y = _output_forward_fused(x, weight, weight_scale, bias, _flat(l), out_dtype, pair[0] == "skinny")
         else:
-            op = torch.ops.pyadapt.ia3_output_forward
-            y = like_rows(op(as_rows(x), weight, weight_scale, bias, l.flatten(), out_dtype), x)
+            form = torch.ops.pyadapt.ia3_output_forward if registry.watched(x, weight, l) else _output_forward
+            y = like_rows(form(as_rows(x), weight, weight_scale, bias, l.flatten(), out_dtype), x)
         watch = None
         if not l.requires_grad:
             ctx.save_for_backward(None, l, None)
@@ -357,8 +357,8 @@ class ScaledOutput(registry.Function):
             return dx, dl, None, None, None
         x = g.new_empty((0, 0), dtype=x_dtype) if x is None else as_rows(x)
         y = None if y is None else as_rows(y)
-        op = torch.ops.pyadapt.ia3_output_backward
-        dx, dl = op(as_rows(g), x, y, weight, weight_scale, bias, l.flatten(), need_dx, need_dl)
+        form = torch.ops.pyadapt.ia3_output_backward if registry.watched(g, weight, l) else _output_backward
+        dx, dl = form(as_rows(g), x, y, weight, weight_scale, bias, l.flatten(), need_dx, need_dl)
         return like_rows(dx, g) if need_dx else None, dl.view(l.shape) if need_dl else None, None, None, None
 
 
@@ -379,8 +379,8 @@ class ScaledInput(registry.Function):
         if pair is not None:
             skinny = pair[0] == "skinny"
             return kernels.cpu.scaled_linear_forward(x, _flat(l), weight, weight_scale, bias, out_dtype, skinny)
-        op = torch.ops.pyadapt.ia3_input_forward
-        return like_rows(op(as_rows(x), weight, weight_scale, bias, l.flatten(), out_dtype), x)
+        form = torch.ops.pyadapt.ia3_input_forward if registry.watched(x, weight, l) else _input_forward
+        return like_rows(form(as_rows(x), weight, weight_scale, bias, l.flatten(), out_dtype), x)
 
     @staticmethod
     @registry.first_order
@@ -396,6 +396,6 @@ class ScaledInput(registry.Function):
             dl = dl.view(l.shape) if l.dtype == torch.float32 else dl.view(l.shape).to(l.dtype)
             return dx if need_dx else None, dl, None, None, None
         x = g.new_empty((0, 0), dtype=x_dtype) if x is None else as_rows(x)
-        op = torch.ops.pyadapt.ia3_input_backward
-        dx, dl = op(as_rows(g), x, weight, weight_scale, l.flatten(), need_dx, need_dl)
+        form = torch.ops.pyadapt.ia3_input_backward if registry.watched(g, weight, l) else _input_backward
+        dx, dl = form(as_rows(g), x, weight, weight_scale, l.flatten(), need_dx, need_dl)
         return like_rows(dx, g) if need_dx else None, dl.view(l.shape) if need_dl else None, None, None, None
