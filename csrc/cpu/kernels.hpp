@@ -38,7 +38,7 @@ struct Gemm {
     const Dropout* low_dropout = nullptr;  // the mask of dx; the low-rank term comes first then
 
     float alpha = 1.0f;                // multiplies the product
-    bool rounds = false;               // beside a side in bf16 the other may be rounded to it (sums stay in fp32)
+    bool rounds = false;               // a side of more bits may be rounded to bf16, beside one of that (sums in fp32)
     const float* col_scale = nullptr;  // the row scale of an int8 weight
     const void* bias = nullptr;
     DType bias_dtype = DType::f32;

@@ -95,7 +95,7 @@ void run_g_passes(const Tensor& g, const Adapter& adapter, const Tensor& S, cons
     Gemm to_dS = product_into(dS, rows_of(g), columns_of(*adapter.B), g.sizes[1], threads);
     Gemm to_dB = product_into(dB, columns_of(g), columns_of(S), g.sizes[0], threads);
     to_dS.alpha = to_dB.alpha = static_cast<float>(adapter.scaling);
-    to_dS.rounds = to_dB.rounds = true;
+    to_dS.rounds = to_dB.rounds = g.dtype == DType::bf16;
     run(to_dS, to_dB);
 }
 
@@ -107,11 +107,12 @@ Dropout mask_of(const Adapter& adapter) {
 }
 float mask_scale(const Adapter& adapter) { return adapter.dropout.threshold ? adapter.dropout.scale : 1.0f; }
 
-Gemm dA_product(const Tensor& dS, const Tensor& x, const Adapter& adapter, const Dropout& mask, const Tensor& dA,
-                int threads) {
+// dS may be rounded where it came from a g of as few bits as x.
+Gemm dA_product(const Tensor& dS, const Tensor& x, DType g, const Adapter& adapter, const Dropout& mask,
+                const Tensor& dA, int threads) {
     Gemm product = product_into(dA, columns_of(dS), dropped(columns_of(x), mask), x.sizes[0], threads);
     product.alpha = mask_scale(adapter);
-    product.rounds = true;
+    product.rounds = x.dtype == DType::bf16 && g == DType::bf16;
     return product;
 }
 
@@ -183,7 +184,7 @@ void lora_shrink(const Tensor& x, const Adapter& adapter, const Tensor& S, DType
     const Dropout mask = mask_of(adapter);
     Gemm product = product_into(S, dropped(rows_of(x), mask), rows_of(*adapter.A), K, threads);
     product.alpha = mask_scale(adapter);
-    product.rounds = out == DType::bf16;
+    product.rounds = x.dtype == DType::bf16 && out == DType::bf16;
     run(product);
 }
 
@@ -230,7 +231,7 @@ void lora_gradients(const Tensor& g, const Tensor& x, const Adapter& adapter, co
                     const Tensor& dA, const Tensor& dB, int threads) {
     check_gradients(g, x, adapter, S, dS, dA, dB);
     run_g_passes(g, adapter, S, dS, dB, threads);
-    run(dA_product(dS, x, adapter, mask_of(adapter), dA, threads));
+    run(dA_product(dS, x, g.dtype, adapter, mask_of(adapter), dA, threads));
 }
 
 void lora_input_gradient(const Tensor& dS, const Tensor& x, const Adapter& adapter, const Tensor& dA, int threads) {
@@ -240,7 +241,7 @@ void lora_input_gradient(const Tensor& dS, const Tensor& x, const Adapter& adapt
     check_matrix(x, {"M", M}, {"K", K});
     check_matrix(dS, {"M", M}, {"r", r});
     check_result(dA, {"r", r}, {"K", K});
-    run(dA_product(dS, x, adapter, mask_of(adapter), dA, threads));
+    run(dA_product(dS, x, dS.dtype, adapter, mask_of(adapter), dA, threads));
 }
 
 void lora_expand_dx(const Tensor& dS, const Adapter& adapter, const Tensor& dx, int threads) {
@@ -270,7 +271,7 @@ void lora_backward(const Tensor& g, const Tensor& x, const Weight& weight, const
     check_gradients(g, x, adapter, S, dS, dA, dB);
     run_g_passes(g, adapter, S, dS, dB, threads);
     const Dropout mask = mask_of(adapter);
-    const Gemm to_dA = dA_product(dS, x, adapter, mask, dA, threads);
+    const Gemm to_dA = dA_product(dS, x, g.dtype, adapter, mask, dA, threads);
     if (!dx) return run(to_dA);
     Gemm to_dx = dx_product(g, weight, *dx, threads);
     add_low_rank_dx(to_dx, dS, adapter);

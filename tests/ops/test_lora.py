@@ -67,8 +67,9 @@ def test_weight_stored_transposed(isa, dtype, weight_dtype):
 
 
 @pytest.mark.parametrize("adapter_dtype", [BF16, F16], ids=str)
-def test_adapters_in_16_bits(isa, adapter_dtype):
-    check(make_layer(34, 50, 41, 16, BF16, BF16, adapter_dtype))
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_adapters_in_16_bits(isa, dtype, adapter_dtype):
+    check(make_layer(34, 50, 41, 16, dtype, BF16, adapter_dtype))
 
 
 @pytest.mark.parametrize("out_dtype", [F32, BF16, F16], ids=str)
