@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .config import AdapterConfig
 from .layer_config import RankedConfig
 from .low_rank import LowRank, linear_by_row
+from .ops import routes
 
 if TYPE_CHECKING:
     from .base import BaseWeight
@@ -237,6 +238,13 @@ class AdapterUnit(nn.Module, abc.ABC):
             matrix: the frozen weight as `BaseWeight.matrix` gives it; it may be changed in place.
             bias: the layer's bias in the dtype of `matrix`, or None.
         """
+
+
+def product_route(base: type[BaseWeight], layer: Any, tokens: int, rank: int = 0) -> str:
+    """The route of a linear layer's product, with a low-rank term of rank `rank`, for a step of `tokens` tokens."""
+    device = next(iter(base.stored(layer).values())).device.type
+    dtypes = base.dtype(layer), base.operand_dtype(layer)
+    return routes.predict("forward", device, *dtypes, tokens, *base.shape(layer), rank).route
 
 
 # Given as data: it comes later, by `initialize_lora_eva_weights`.

@@ -87,6 +87,12 @@ void check_dense_fp32(const Tensor& tensor, Extent rows, Extent cols) {
     check_dtype(tensor, DType::f32);
 }
 
+void check_vector_fp32(const Tensor& tensor, Extent size) {
+    check_shape(tensor, size);
+    check_dtype(tensor, DType::f32);
+    check_rows(tensor);
+}
+
 void check_seed(const Tensor& seed) {
     check_dtype(seed, DType::i64);
     if (seed.sizes[0] != 1 || (seed.dims == 2 && seed.sizes[1] != 1))

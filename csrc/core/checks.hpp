@@ -37,6 +37,9 @@ void check_result(const Tensor& tensor, Extent rows, Extent cols);
 void check_dense(const Tensor& tensor, Extent rows, Extent cols);
 void check_dense_fp32(const Tensor& tensor, Extent rows, Extent cols);
 
+// A vector of fp32 to read.
+void check_vector_fp32(const Tensor& tensor, Extent size);
+
 void check_seed(const Tensor& seed);
 [[noreturn]] void refuse_missing_seed(double p);
 // Threshold and scale of the dropout of probability p; its key is 0.

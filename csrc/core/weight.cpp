@@ -19,11 +19,7 @@ void check_weight(const Weight& weight, std::int64_t N, std::int64_t K, bool any
 }
 
 void check_per_output(const Weight& weight, std::int64_t N) {
-    if (weight.scale) {
-        check_shape(*weight.scale, {"N", N});
-        check_dtype(*weight.scale, DType::f32);
-        check_rows(*weight.scale);
-    }
+    if (weight.scale) check_vector_fp32(*weight.scale, {"N", N});
     if (weight.bias) {
         check_shape(*weight.bias, {"N", N});
         check_floating(*weight.bias);

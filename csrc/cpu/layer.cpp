@@ -11,9 +11,7 @@
 namespace pyadapt::cpu {
 namespace {
 
-const float* scale_of(const Weight& weight) {
-    return weight.scale ? static_cast<const float*>(weight.scale->data) : nullptr;
-}
+const float* scale_of(const Weight& weight) { return floats(weight.scale); }
 
 Gemm product_into(const Tensor& out, const Operand& left, const Operand& right, std::int64_t depth, int threads) {
     Gemm product;
@@ -145,20 +143,14 @@ void linear_forward(const Tensor& x, const Weight& weight, const Tensor& y, bool
     check_weight(weight, N, K, true);
     check_per_output(weight, N);
     check_result(y, {"M", M}, {"N", N});
-    const float* scale = nullptr;
-    if (input_scale) {
-        check_shape(*input_scale, {"K", K});
-        check_dtype(*input_scale, DType::f32);
-        check_rows(*input_scale);
-        scale = static_cast<const float*>(input_scale->data);
-    }
+    if (input_scale) check_vector_fp32(*input_scale, {"K", K});
     if (skinny && weight.values->strides[1] == 1) {
         Skinny layer = skinny_layer(x, weight, y, threads);
-        layer.x.depth_scale = scale;
+        layer.x.depth_scale = floats(input_scale);
         return kernels().skinny(layer);
     }
     Gemm product = forward_product(x, weight, y, threads);
-    product.left.depth_scale = scale;
+    product.left.depth_scale = floats(input_scale);
     run(product);
 }
 

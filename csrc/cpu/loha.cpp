@@ -1,14 +1,11 @@
 #include "loha.hpp"
 
 #include "../core/checks.hpp"
-#include "../core/error.hpp"
 #include "dispatch.hpp"
+#include "operands.hpp"
 
 namespace pyadapt::cpu {
 namespace {
-
-const float* floats(const Tensor* tensor) { return tensor ? static_cast<const float*>(tensor->data) : nullptr; }
-float* floats(const Tensor& tensor) { return static_cast<float*>(tensor.data); }
 
 KhatriRao job_of(const LohaFactors& factors, const Tensor& A, const Tensor& B, int threads) {
     check_two_dimensional(*factors.w1a);
@@ -23,11 +20,7 @@ KhatriRao job_of(const LohaFactors& factors, const Tensor& A, const Tensor& B, i
     check_dense_fp32(*factors.w1b, {"r1", job.r1}, {"K", job.K});
     check_dense_fp32(*factors.w2a, {"N", job.N}, {"r2", job.r2});
     check_dense_fp32(*factors.w2b, {"r2", job.r2}, {"K", job.K});
-    if (factors.rows) {
-        check_shape(*factors.rows, {"N", job.N});
-        check_dtype(*factors.rows, DType::f32);
-        check_rows(*factors.rows);
-    }
+    if (factors.rows) check_vector_fp32(*factors.rows, {"N", job.N});
     check_dtype(B, A.dtype);
     check_dense(A, {"r1 r2", job.r1 * job.r2}, {"K", job.K});
     check_dense(B, {"N", job.N}, {"r1 r2", job.r1 * job.r2});

@@ -3,12 +3,10 @@
 #include "../core/checks.hpp"
 #include "../core/error.hpp"
 #include "dispatch.hpp"
+#include "operands.hpp"
 
 namespace pyadapt::cpu {
 namespace {
-
-const float* floats(const Tensor* tensor) { return tensor ? static_cast<const float*>(tensor->data) : nullptr; }
-float* floats(const Tensor& tensor) { return static_cast<float*>(tensor.data); }
 
 Kron kron(const Tensor& x, const LokrTerm& term, int threads) {
     Kron job;
@@ -23,11 +21,7 @@ Kron kron(const Tensor& x, const LokrTerm& term, int threads) {
     check_dense_fp32(*term.w1, {"a", job.a}, {"c", job.c});
     check_dense_fp32(*term.down, {"h", job.h}, {"d", job.d});
     if (term.up) check_dense_fp32(*term.up, {"b", job.b}, {"h", job.h});
-    if (term.factors) {
-        check_shape(*term.factors, {"a b", job.a * job.b});
-        check_dtype(*term.factors, DType::f32);
-        check_rows(*term.factors);
-    }
+    if (term.factors) check_vector_fp32(*term.factors, {"a b", job.a * job.b});
     check_two_dimensional(x);
     job.M = x.sizes[0];
     check_matrix(x, {"M", job.M}, {"c d", job.c * job.d});

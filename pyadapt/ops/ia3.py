@@ -151,7 +151,7 @@ def _output_dx(
     if route == "fused" and native.device_kind(g) == "cpu":
         return kernels.cpu.linear_dx(g, weight, _both(weight_scale, l), x.dtype), l.new_empty(0)
     if route == "library":
-        scale = _both(weight_scale, l) * (panels._dx_factor(g.dtype) if weight_scale is not None else 1.0)
+        scale = _both(weight_scale, l) * (panels.dx_factor(g.dtype) if weight_scale is not None else 1.0)
         left, dots = (scaled_columns(g, scale), l.new_empty(0)) if y is None else scaled_with_dots(g, y, scale)
         return panels.times_weight(left, weight).to(x.dtype), dots
     if y is None:

@@ -54,7 +54,8 @@ def _panel_width(tensor: Tensor, length: int) -> int:
     return max(64, elements // max(length, 1) // 64 * 64)
 
 
-def _dx_factor(dtype: torch.dtype) -> float:
+def dx_factor(dtype: torch.dtype) -> float:
+    """What g carries beside the row scale of an int8 W, and the integers are divided by, in ``times_weight``."""
     return 128.0 if dtype == torch.float16 else 1.0
 
 
@@ -74,7 +75,7 @@ def times_weight_t(x: Tensor, weight: Tensor, weight_scale: Tensor | None) -> tu
 
 def scaled_for_dx(g: Tensor, weight_scale: Tensor | None) -> Tensor:
     """What ``times_weight`` multiplies in the place of g: over int8 the row scale lies on the axis that is summed."""
-    return g if weight_scale is None else (g * (weight_scale * _dx_factor(g.dtype))).to(g.dtype)
+    return g if weight_scale is None else (g * (weight_scale * dx_factor(g.dtype))).to(g.dtype)
 
 
 def times_weight(left: Tensor, weight: Tensor) -> Tensor:
@@ -84,7 +85,7 @@ def times_weight(left: Tensor, weight: Tensor) -> Tensor:
     N, K = weight.shape
     dx = left.new_empty((left.shape[0], K))
     for k in range(0, K, width := _panel_width(left, N)):
-        panel = _panel(weight[:, k : k + width], None, left.dtype, 1.0 / _dx_factor(left.dtype))
+        panel = _panel(weight[:, k : k + width], None, left.dtype, 1.0 / dx_factor(left.dtype))
         torch.mm(left, panel, out=dx[:, k : k + width])
     return dx
 
@@ -155,7 +156,7 @@ def lora_backward(
     if native_serves(x, x.dtype, g.dtype):
         native = kernels.of(x)
         scale = weight_scale if need_dx else None
-        dS, dA, dB, left = native.gradients(g, x, A, B, S, scaling, dropout_p, seed, scale, _dx_factor(g.dtype))
+        dS, dA, dB, left = native.gradients(g, x, A, B, S, scaling, dropout_p, seed, scale, dx_factor(g.dtype))
         if need_dx:
             with no_autocast(x.device.type):
                 dx = times_weight(left, weight).to(x.dtype)

@@ -19,8 +19,7 @@ from ...base import BaseWeight
 from ...dtypes import output_dtype, product_input
 from ...layer import AdaptedLayer
 from ...lookup import parameter
-from ...method import AdapterUnit
-from ...ops import routes
+from ...method import AdapterUnit, product_route
 from ...ops.ia3 import ScaledInput, ScaledOutput
 from .config import IA3Config
 
@@ -136,9 +135,7 @@ class LinearUnit(IA3Unit):
     @classmethod
     def route(cls, config: IA3Config, path: str, base: type[BaseWeight], layer: Any, tokens: int) -> str:
         """See `AdapterUnit.route`."""
-        weight = next(iter(base.stored(layer).values()))
-        shape = (tokens, *base.shape(layer), 0)
-        return routes.predict("forward", weight.device.type, base.dtype(layer), base.operand_dtype(layer), *shape).route
+        return product_route(base, layer, tokens)
 
     def scaled(self, x: Tensor, owner: AdaptedLayer, factors: Factors) -> Tensor:
         """See `IA3Unit.scaled`; x (..., K)."""

@@ -21,8 +21,7 @@ from ...dtypes import output_dtype, product_input
 from ...layer import AdaptedLayer
 from ...lookup import parameter
 from ...low_rank import LowRank
-from ...method import AdapterUnit
-from ...ops import routes
+from ...method import AdapterUnit, product_route
 from ...ops.lora import LoraLinear
 from ...seed import draw_seed
 from .config import LoraConfig
@@ -167,9 +166,7 @@ class LinearUnit(LoraUnit):
     @classmethod
     def route(cls, config: LoraConfig, path: str, base: type[BaseWeight], layer: Any, tokens: int) -> str:
         """See `AdapterUnit.route`."""
-        weight = next(iter(base.stored(layer).values()))
-        shape = (tokens, *base.shape(layer), config.rank_of(path))
-        return routes.predict("forward", weight.device.type, base.dtype(layer), base.operand_dtype(layer), *shape).route
+        return product_route(base, layer, tokens, config.rank_of(path))
 
     def parameters_of_factors(self) -> tuple[nn.Parameter, nn.Parameter]:
         """See `LoraUnit.parameters_of_factors`."""

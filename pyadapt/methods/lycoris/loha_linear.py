@@ -12,7 +12,7 @@ from ...base import BaseWeight
 from ...dtypes import output_dtype, product_input
 from ...layer import AdaptedLayer
 from ...low_rank import LowRank
-from ...ops import routes
+from ...method import product_route
 from ...ops.loha import KhatriRao, TiledHadamard, low_rank_dtype
 from .loha import LoHa, LoHaConfig, LoHaUnit
 
@@ -41,12 +41,10 @@ class LinearUnit(LoHaUnit):
     @classmethod
     def route(cls, config: LoHaConfig, path: str, base: type[BaseWeight], layer: Any, tokens: int) -> str:
         """See `AdapterUnit.route`."""
-        rank, shape, dtype = config.rank_of(path), base.shape(layer), base.dtype(layer)
-        if is_tiled(tokens, *shape, rank, dtype):
+        rank = config.rank_of(path)
+        if is_tiled(tokens, *base.shape(layer), rank, base.dtype(layer)):
             return "tiled"
-        device = next(iter(base.stored(layer).values())).device.type
-        predicted = routes.predict("forward", device, dtype, base.operand_dtype(layer), tokens, *shape, rank**2)
-        return f"khatri-rao, {predicted.route}"
+        return f"khatri-rao, {product_route(base, layer, tokens, rank**2)}"
 
     def low_rank(self) -> LowRank | None:
         """See `AdapterUnit.low_rank`; the factors hold the dropped rows of this step."""

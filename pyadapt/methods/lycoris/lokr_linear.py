@@ -9,7 +9,7 @@ from torch import Tensor
 from ...base import BaseWeight
 from ...dtypes import output_dtype, product_input
 from ...layer import AdaptedLayer
-from ...ops import routes
+from ...method import product_route
 from ...ops.lokr import LARGEST_FACTOR, LokrLinear
 from .lokr import LoKr, LoKrConfig, LoKrUnit, sizes
 
@@ -25,10 +25,8 @@ class LinearUnit(LoKrUnit):
     @classmethod
     def route(cls, config: LoKrConfig, path: str, base: type[BaseWeight], layer: Any, tokens: int) -> str:
         """See `AdapterUnit.route`: of the frozen product, and of the term."""
-        weight, shape = next(iter(base.stored(layer).values())), base.shape(layer)
-        device, dtype = weight.device.type, base.dtype(layer)
-        frozen = routes.predict("forward", device, dtype, base.operand_dtype(layer), tokens, *shape, 0).route
-        cut, r = sizes(config, path, *shape), config.rank_of(path)
+        frozen, device = product_route(base, layer, tokens), next(iter(base.stored(layer).values())).device.type
+        cut, r = sizes(config, path, *base.shape(layer)), config.rank_of(path)
         largest = cut.b * cut.d if cut.is_w2_full else r * max(cut.b, cut.d)
         is_native = device == "cpu" and largest <= LARGEST_FACTOR and frozen != "reference"
         return f"{frozen}, kronecker" if is_native else f"{frozen}, kronecker in torch"
