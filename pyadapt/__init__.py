@@ -87,6 +87,7 @@ if TYPE_CHECKING:
     from .merging import MergeReport as MergeReport
     from .methods.adalora import AdaLoraConfig as AdaLoraConfig
     from .methods.adalora.orthogonality import orthogonality as orthogonality
+    from .methods.adaption_prompt import AdaptionPromptConfig as AdaptionPromptConfig
     from .methods.ia3 import IA3Config as IA3Config
     from .methods.lora import LoraConfig as LoraConfig
     from .methods.lora.afterwards import (
@@ -100,6 +101,25 @@ if TYPE_CHECKING:
     )
     from .methods.lycoris.loha import LoHaConfig as LoHaConfig
     from .methods.lycoris.lokr import LoKrConfig as LoKrConfig
+    from .methods.prefix import PrefixTuningConfig as PrefixTuningConfig
+    from .methods.prompts.config import (
+        MultitaskPromptTuningConfig as MultitaskPromptTuningConfig,
+    )
+    from .methods.prompts.config import (
+        MultitaskPromptTuningInit as MultitaskPromptTuningInit,
+    )
+    from .methods.prompts.config import (
+        PromptEncoderConfig as PromptEncoderConfig,
+    )
+    from .methods.prompts.config import (
+        PromptEncoderReparameterizationType as PromptEncoderReparameterizationType,
+    )
+    from .methods.prompts.config import (
+        PromptTuningConfig as PromptTuningConfig,
+    )
+    from .methods.prompts.config import (
+        PromptTuningInit as PromptTuningInit,
+    )
     from .model import is_wrapped as is_wrapped
     from .planning import Plan as Plan
     from .quantization import quantize as quantize
@@ -117,6 +137,7 @@ _HOMES = {
     "AdaLoraConfig": "methods.adalora",
     "AdapterConfig": "config",
     "AdapterFileError": "files",
+    "AdaptionPromptConfig": "methods.adaption_prompt",
     "AutoPeftModel": "familiar",
     "AutoPeftModelForCausalLM": "familiar",
     "AutoPeftModelForFeatureExtraction": "familiar",
@@ -129,9 +150,16 @@ _HOMES = {
     "LoKrConfig": "methods.lycoris.lokr",
     "LoraConfig": "methods.lora",
     "MergeReport": "merging",
+    "MultitaskPromptTuningConfig": "methods.prompts.config",
+    "MultitaskPromptTuningInit": "methods.prompts.config",
     "PeftConfig": "familiar",
     "PeftModel": "familiar",
     "Plan": "planning",
+    "PrefixTuningConfig": "methods.prefix",
+    "PromptEncoderConfig": "methods.prompts.config",
+    "PromptEncoderReparameterizationType": "methods.prompts.config",
+    "PromptTuningConfig": "methods.prompts.config",
+    "PromptTuningInit": "methods.prompts.config",
     "TaskType": "config",
     "export": "exporting",
     "get_eva_state_dict": "methods.lora.afterwards",

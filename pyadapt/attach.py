@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .base import BaseWeight, base_of
+from .base import Host, base_of
 from .base.dense import Dense
 from .biases import COPY, add_bias, biased_modules, choose_biases, copy_biases, remove_biases, rename_biases
 from .dtypes import adapter_dtype
@@ -26,6 +26,7 @@ from .layer import (
 from .method import AdapterUnit
 from .placement import copy_with, home_of, placed
 from .planning import LayerPlan, Plan
+from .tokens import TokenUnit
 
 
 def check_adapter_name(name: str, taken: Sequence[str]) -> None:
@@ -56,10 +57,10 @@ def attach(model: nn.Module, plan: Plan, name: str, values: Mapping[str, Mapping
     values = values or {}
     units = []
     owners: dict[str, AdapterUnit] = {}
-    for row in sorted(plan.layers, key=lambda row: row.source is not None):
+    rows = sorted(plan.layers, key=lambda row: row.source is not None)
+    for row in rows:
         layer = model.get_submodule(row.path)
-        base = base_of(layer)
-        assert base is not None
+        base = _host(plan, row, layer)
         dtype = adapter_dtype(base.dtype(layer), plan.config.adapter_dtype)
         if row.source is None:
             home = home_of(layer, next(iter(base.stored(layer).values())))
@@ -71,6 +72,7 @@ def attach(model: nn.Module, plan: Plan, name: str, values: Mapping[str, Mapping
             unit = row.unit_class(plan.config, row.source, base, layer, torch.device("meta"), dtype)
             unit.follow(owners[row.source], row.source)
         units.append((layer, base, unit.train(layer.training)))
+    _share_common([unit for _, _, unit in units])
     # One memo for all copies keeps tied what is tied.
     memo: dict[int, Any] | None = {} if getattr(plan.config, "ensure_weight_tying", False) else None
     copies = [
@@ -80,11 +82,13 @@ def attach(model: nn.Module, plan: Plan, name: str, values: Mapping[str, Mapping
     biases = copy_biases(model, list(plan.biases))
     for _, _, unit in units:
         unit.settle()
-    if any(base_of(layer) is not base for layer, base, _ in units) and is_transformers_model(model):
+    # An adapter may have quantised its layers (LoftQ).
+    now = [_host(plan, row, layer) for row, (layer, _, _) in zip(rows, units, strict=True)]
+    if any(kind is not base for kind, (_, base, _) in zip(now, units, strict=True)) and is_transformers_model(model):
         mark_quantized(model, [path for path, layer in base_modules(model) if base_of(layer) is Dense])
     try:
-        for layer, base, unit in units:
-            add_unit(layer, base_of(layer) or base, name, unit)
+        for kind, (layer, _, unit) in zip(now, units, strict=True):
+            add_unit(layer, kind, name, unit)
         for module, clone in copies:
             add_copy(module, name, clone)
         for module, bias in biases:
@@ -180,10 +184,39 @@ def set_trainable(model: nn.Module, name: str, trainable: bool) -> None:
         parameter.requires_grad_(trainable)
 
 
+def check_foldable(model: nn.Module, names: Sequence[str]) -> None:
+    """Refuse adapters that no weight can take in.
+
+    Raises:
+        ValueError: so it is; nothing was changed.
+    """
+    for path, layer in adapted_layers(model):
+        for name in names:
+            unit = layer.unit(name)
+            if unit is not None and not unit.folds:
+                raise ValueError(
+                    f"adapter {name!r} cannot be merged: what it adds at {path or 'the model'} depends on the input, and "
+                    "is no change of a weight; keep it beside the model, or name the adapters to merge"
+                )
+
+
+def _host(plan: Plan, row: LayerPlan, layer: nn.Module) -> type[Host]:
+    host = base_of(layer) if row.unit_class is TokenUnit else plan.method.host(layer)
+    assert host is not None
+    return host
+
+
+def _share_common(units: Sequence[AdapterUnit]) -> None:
+    """Let the parameters that all units have in common be those of the first."""
+    for unit in units[1:]:
+        for attribute in set(unit.common) & unit._parameters.keys():
+            setattr(unit, attribute, getattr(units[0], attribute))
+
+
 def _make_unit(
     plan: Plan,
     row: LayerPlan,
-    base: type[BaseWeight],
+    base: type[Host],
     layer: nn.Module,
     home: torch.device,
     dtype: torch.dtype,

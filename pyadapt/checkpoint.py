@@ -264,7 +264,7 @@ def _places(model: nn.Module, name: str) -> Iterator[tuple[str, str, Tensor]]:
             continue
         for attribute, parameter in unit.named_parameters(recurse=False):
             suffix = unit.file_keys[attribute]
-            yield f"{KEY_PREFIX}{path}.{suffix}", f"{path}.adapters.{name}.{attribute}", parameter
+            yield f"{KEY_PREFIX}{path}.{suffix}", f"{path}.adapters.{name}.{attribute}".lstrip("."), parameter
     for path, module in saved_modules(model):
         if name in module.copies:
             for key, tensor in module.copies[name].state_dict(keep_vars=True).items():

@@ -42,6 +42,16 @@ TASK_HEADS: dict[TaskType, tuple[str, ...]] = {
     TaskType.QUESTION_ANS: ("qa_outputs",),
 }
 
+# The transformers class that loads a model for a task.
+AUTO_CLASSES: dict[TaskType, str] = {
+    TaskType.SEQ_CLS: "AutoModelForSequenceClassification",
+    TaskType.SEQ_2_SEQ_LM: "AutoModelForSeq2SeqLM",
+    TaskType.CAUSAL_LM: "AutoModelForCausalLM",
+    TaskType.TOKEN_CLS: "AutoModelForTokenClassification",
+    TaskType.QUESTION_ANS: "AutoModelForQuestionAnswering",
+    TaskType.FEATURE_EXTRACTION: "AutoModel",
+}
+
 
 @dataclass
 class AdapterConfig:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from . import checkpoint
-from .config import AdapterConfig, TaskType, as_config
+from .config import AUTO_CLASSES, AdapterConfig, TaskType, as_config
 from .dtypes import LIKE_BASE
 from .files import AdapterFileError, Path
 from .method import DATA_FOLLOWS
@@ -163,16 +163,6 @@ def _auto(task: str, auto_class: str) -> type[_AutoPeftModel]:
     return type(name, (_AutoPeftModel,), {"auto_class": auto_class, "__doc__": _AutoPeftModel.__doc__})
 
 
-_CLASS_OF_TASK = {
-    TaskType.CAUSAL_LM: "AutoModelForCausalLM",
-    TaskType.SEQ_2_SEQ_LM: "AutoModelForSeq2SeqLM",
-    TaskType.SEQ_CLS: "AutoModelForSequenceClassification",
-    TaskType.TOKEN_CLS: "AutoModelForTokenClassification",
-    TaskType.QUESTION_ANS: "AutoModelForQuestionAnswering",
-    TaskType.FEATURE_EXTRACTION: "AutoModel",
-}
-
-
 class AutoPeftModel(_AutoPeftModel):
     """Loads a base model and its adapter; the class of the base follows from the adapter's task."""
 
@@ -183,7 +173,7 @@ class AutoPeftModel(_AutoPeftModel):
         """As `AutoPeftModelForCausalLM.from_pretrained`; the adapter's task or `auto_mapping` names the class."""
         config = AdapterConfig.from_pretrained(path)
         if isinstance(config.task_type, TaskType):
-            auto_class = _CLASS_OF_TASK[config.task_type]
+            auto_class = AUTO_CLASSES[config.task_type]
         elif config.auto_mapping is not None:
             auto_class = config.auto_mapping["base_model_class"]
         else:

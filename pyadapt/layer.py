@@ -7,7 +7,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from .base import BaseWeight, Operands
+from .base import Host, Operands
 from .method import AdapterUnit
 from .rows import Rows
 from .surgery import adopt, release
@@ -63,12 +63,12 @@ class AdaptedLayer(nn.Module):
 
     Attributes:
         adapters: the units by adapter name, and which of them take part in forward; none means the plain layer.
-        base: the kind of frozen weight.
+        base: the kind of frozen weight (a `BaseWeight`), or another kind of `Host`.
         unmerged: the stored weight from before a merge, so that unmerging is exact; None when nothing is merged.
     """
 
     adapters: LiveDict
-    base: type[BaseWeight]
+    base: Any
     unmerged: dict[str, Any] | None
     # The attribute that answers as `bias` while a trained copy does (see `biases`).
     live_bias: str | None = None
@@ -100,10 +100,10 @@ class AdaptedLayer(nn.Module):
         return cast(AdapterUnit, self.adapters[name])
 
 
-def add_unit(layer: nn.Module, base: type[BaseWeight], name: str, unit: AdapterUnit) -> None:
+def add_unit(layer: nn.Module, base: type[Host], name: str, unit: AdapterUnit) -> None:
     """Put `unit` on `layer` under `name`, making it an adapted layer if it is not one yet."""
     if not isinstance(layer, AdaptedLayer):
-        layer = adopt(layer, AdaptedLayer)
+        layer = cast(AdaptedLayer, adopt(layer, base.mixin or AdaptedLayer))
         layer.adapters = LiveDict().train(layer.training)
         layer.base, layer.unmerged = base, None
     layer.adapters[name] = unit

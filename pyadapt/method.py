@@ -6,18 +6,19 @@ import abc
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import le
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from .base import BaseWeight, Host, base_of
 from .config import AdapterConfig
 from .layer_config import RankedConfig
 from .low_rank import LowRank, linear_by_row
 from .ops import routes
 
 if TYPE_CHECKING:
-    from .base import BaseWeight
     from .layer import AdaptedLayer
     from .planning import Plan
     from .rows import Rows
@@ -66,8 +67,17 @@ class AdapterUnit(nn.Module, abc.ABC):
     file_keys: ClassVar[dict[str, str]] = {}
     # What older files write in place of such a key -> the key.
     file_aliases: ClassVar[dict[str, str]] = {}
-    # Whether the layer's rows are those of the batch, so that each can have an adapter of its own.
+    # Whether the layer's rows are those of the batch, so that each can have an adapter of its own; else why not.
     by_row: ClassVar[bool] = True
+    why_not_by_row: ClassVar[str] = "mixes the batch's rows"
+    # Whether `fold` can put the adapter into the layer's weight; else it stays beside the model.
+    folds: ClassVar[bool] = True
+    # Parameters that the units of one adapter have in common: the first unit's serve all.
+    common: ClassVar[tuple[str, ...]] = ()
+    # How many positions the unit puts before each sequence that the model decodes.
+    prepended: int = 0
+    # Values of the arguments in `LayerMethod.call_arguments`, set for the length of a call of the model.
+    call_arguments: Mapping[str, Any] = MappingProxyType({})
     # Whether the adapter started as the answer to what quantising took from W, so that it belongs to the quantised W.
     fits_quantization: bool = False
     # Path of the layer whose unit owns the parameters of this one, where the weights of the two layers are tied.
@@ -232,7 +242,7 @@ class AdapterUnit(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def fold(self, matrix: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """The merged weight and bias.
+        """The merged weight and bias; not called where `folds` is False.
 
         Args:
             matrix: the frozen weight as `BaseWeight.matrix` gives it; it may be changed in place.
@@ -268,6 +278,26 @@ class LayerMethod:
     has_schedule: ClassVar[bool] = False
     # Whether an adapter in training adds a term to the loss; see `penalty`.
     has_penalty: ClassVar[bool] = False
+    # Further arguments of a call of the model, which the units are given (see `AdapterUnit.call_arguments`).
+    call_arguments: ClassVar[tuple[str, ...]] = ()
+
+    @staticmethod
+    def places(config: Any, model: nn.Module) -> tuple[Any, list[str], dict[str, str]] | None:
+        """Where the adapter goes, for a method that does not adapt the layers its configuration names.
+
+        Returns:
+            A copy of `config` with everything said outright; the paths of the modules that get a unit, in the model's
+            order; and which of them shares the parameters of which other. None leaves it to `targets.resolve`.
+
+        Raises:
+            ValueError: the model has no place for the adapter.
+        """
+        return None
+
+    @classmethod
+    def host(cls, layer: nn.Module) -> type[Host] | None:
+        """What kind of module `layer` is to this method, or None if it can carry none of its units."""
+        return base_of(layer)
 
     @classmethod
     def unit_class(cls, config: Any, base: type[BaseWeight]) -> type[AdapterUnit]:

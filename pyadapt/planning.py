@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .base import BaseWeight, base_of
+from .base import Host, base_of
 from .biases import is_bias_copy, own_bias, plan_biases
 from .config import AdapterConfig
 from .layer import AdaptedLayer, SavedModule, base_modules
@@ -16,6 +16,7 @@ from .method import METHODS, AdapterUnit, LayerMethod, Preparation
 from .placement import hooks_of, preloaded_block
 from .surgery import check_adoptable
 from .targets import adapted_places, paths_to_save, resolve
+from .tasks import check_task
 from .tokens import TokenUnit, check_apart, token_paths
 from .tying import Targets, tie
 
@@ -33,7 +34,7 @@ class LayerPlan:
     Attributes:
         path: dotted path in the model.
         layer: class name of the layer.
-        base: kind of its frozen weight.
+        base: kind of its frozen weight, or of the module itself.
         out_features: N.
         in_features: K.
         rank: rank of the adapter there.
@@ -154,20 +155,19 @@ def make_plan(model: nn.Module, config: AdapterConfig, *, trained: bool = True) 
         RuntimeError: the model is in a state that cannot be wrapped.
     """
     check_wrappable(model)
-    resolved, paths = resolve(config, model)
+    check_task(config, model)
+    method = METHODS[config.peft_type]
+    resolved, paths, sources = method.places(config, model) or (*resolve(config, model), {})
     saved = paths_to_save(resolved.modules_to_save or (), model)
-    targets = Targets(resolved, paths, saved, token_paths(resolved, model))
+    targets = Targets(resolved, paths, saved, token_paths(resolved, model), sources)
     tie(targets, model, trained=trained)
     check_apart(list(targets.tokens), targets.adapted, targets.saved, model)
-    method = METHODS[config.peft_type]
     method.check(targets.config, model, [path for path in targets.adapted if path not in targets.sources])
     counted: set[int] | None = set() if getattr(resolved, "ensure_weight_tying", False) else None
+    rows = [_plan_layer(method, targets, path, model) for path in (*targets.adapted, *targets.tokens)]
     return Plan(
         config=targets.config,
-        layers=[
-            *(_plan_layer(method, targets, path, model) for path in targets.adapted),
-            *(_plan_layer(method, targets, path, model) for path in targets.tokens),
-        ],
+        layers=[*rows[:1], *map(_without_common, rows[1:])],
         saved={path: _plan_saved(path, model.get_submodule(path), counted) for path in targets.saved},
         base_parameters=count_base_parameters(model),
         biases=_count_biases(model, plan_biases(targets.config, model, targets.adapted, targets.saved)),
@@ -201,7 +201,7 @@ def check_wrappable(model: nn.Module) -> None:
         raise RuntimeError("this model is sharded already: wrap it first, then shard it")
 
 
-def _check_not_on_disk(path: str, base: type[BaseWeight], layer: nn.Module) -> None:
+def _check_not_on_disk(path: str, base: type[Host], layer: nn.Module) -> None:
     """Refuse a layer whose weight accelerate keeps on disk: it could be neither trained nor merged."""
     maps = (getattr(hook, "weights_map", None) for hook in hooks_of(layer))
     weights = next((map for map in maps if map is not None), None)
@@ -254,7 +254,8 @@ def _plan_layer(method: type[LayerMethod], targets: Targets, path: str, model: n
     source = targets.sources.get(path)
     # What a layer shares with another is described, and counted, there.
     first = path if source is None else source
-    base, first_base = base_of(layer), base_of(model.get_submodule(first))
+    host = base_of if by_rows else method.host
+    base, first_base = host(layer), host(model.get_submodule(first))
     assert base is not None
     assert first_base is not None
     if not isinstance(layer, AdaptedLayer):
@@ -279,6 +280,12 @@ def _plan_layer(method: type[LayerMethod], targets: Targets, path: str, model: n
         unit_class=unit_class,
         source=source,
     )
+
+
+def _without_common(row: LayerPlan) -> LayerPlan:
+    """The row of a layer that comes after the first: what all have in common is described, and counted, there."""
+    common = {row.unit_class.file_keys[attribute] for attribute in row.unit_class.common}
+    return replace(row, shapes={key: shape for key, shape in row.shapes.items() if key not in common})
 
 
 def _plan_saved(path: str, module: nn.Module, counted: set[int] | None) -> int:

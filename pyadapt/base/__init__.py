@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from ..discovery import import_submodules
-from .kind import KINDS, BaseWeight, Operands, base_of
+from .kind import KINDS, BaseWeight, Host, Operands, base_of
 
 import_submodules(__name__, __path__)
 
-__all__ = ["KINDS", "BaseWeight", "Operands", "base_of"]
+__all__ = ["KINDS", "BaseWeight", "Host", "Operands", "base_of"]

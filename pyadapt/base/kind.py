@@ -1,4 +1,4 @@
-"""What a kind of frozen weight is to the rest of pyadapt: a matrix that can be read, and written at a merge."""
+"""What can carry an adapter, and what a kind of frozen weight is: a matrix that can be read, and written at a merge."""
 
 from __future__ import annotations
 
@@ -30,29 +30,43 @@ class Operands(NamedTuple):
     bias: Tensor | None
 
 
-class BaseWeight(abc.ABC):
-    """A stateless description of one kind of layer weight; every method takes the layer, a `torch.nn.Module`."""
+class Host(abc.ABC):
+    """A stateless description of one kind of module that carries units; every method takes the module.
+
+    Most are layers with a weight (`BaseWeight`); the others are parts of a transformer (see `anatomy`).
+    """
 
     name: ClassVar[str]
-    # What the layer computes with its weight: "linear", "conv", "embedding" or "experts". A method has one unit a form.
+    # What the module computes: "linear", "conv", "embedding", "experts", ... A method has one unit a form.
     form: ClassVar[str] = "linear"
     # Whether the stored weight is less exact than the one it was made from.
     quantized: ClassVar[bool] = False
+    # What is put on such a module, where it is another mixin than `layer.AdaptedLayer`.
+    mixin: ClassVar[type[nn.Module] | None] = None
 
     @staticmethod
     @abc.abstractmethod
     def accepts(layer: Any) -> bool:
-        """Whether `layer` holds its weight in this way."""
+        """Whether `layer` is a module of this kind."""
 
     @staticmethod
     @abc.abstractmethod
     def shape(layer: Any) -> tuple[int, int]:
-        """Shape of `matrix`, whatever the storage looks like at the moment: (N, K), output and input features."""
+        """Output and input features, (N, K): of a weight the shape of `BaseWeight.matrix`."""
 
     @staticmethod
     @abc.abstractmethod
     def dtype(layer: Any) -> torch.dtype:
-        """The floating dtype that the weight has, or had before it was quantised."""
+        """The floating dtype that the weights have, or had before they were quantised."""
+
+    @staticmethod
+    @abc.abstractmethod
+    def stored(layer: Any) -> dict[str, nn.Parameter]:
+        """The parameters that hold the weight, by attribute name: the weight first, then what it is read with."""
+
+
+class BaseWeight(Host):
+    """A stateless description of one kind of layer weight; every method takes the layer, a `torch.nn.Module`."""
 
     @staticmethod
     @abc.abstractmethod
@@ -89,11 +103,6 @@ class BaseWeight(abc.ABC):
     def plain_is_transposed(cls, layer: Any) -> bool:
         """Whether the plain layer stores its weight as (K, N)."""
         return is_conv1d(layer)
-
-    @staticmethod
-    @abc.abstractmethod
-    def stored(layer: Any) -> dict[str, nn.Parameter]:
-        """The parameters that hold the weight, by attribute name: the weight first, then what it is read with."""
 
     @classmethod
     def operand_dtype(cls, layer: Any) -> torch.dtype:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, TypeGuard, cast
 
 from torch import nn
@@ -10,6 +9,7 @@ from torch import nn
 from ..surgery import adopt, is_adopted_by
 from .calls import Calls
 from .diffusion import DiffusionVerbs
+from .generation import Generation
 from .reports import Reports
 from .saving import FileVerbs
 from .schedules import Schedules
@@ -30,16 +30,8 @@ class AdaptedModel(FileVerbs, Reports, Schedules, Calls):
     """Mixin of a wrapped model. The object, its class name and its state-dict keys stay those of the user's model."""
 
 
-class AdaptedGenerator(AdaptedModel):
+class AdaptedGenerator(Generation, AdaptedModel):
     """Mixin of a wrapped model that generates."""
-
-    def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
-        """The model's own `generate`; `adapter_names` as in `AdaptedModel.__call__`, one for each row of the input."""
-        generate = super().generate  # type: ignore[misc]
-        if adapter_names is None:
-            return generate(*args, **kwargs)
-        with self.mixed(adapter_names, args, kwargs):
-            return generate(*args, **kwargs)
 
 
 class AdaptedDiffusion(DiffusionVerbs, AdaptedModel):

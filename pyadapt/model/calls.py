@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -25,13 +25,32 @@ class Calls(WithAdapters):
             args: as its own forward.
             adapter_names: the adapter for each row of the batch, `"__base__"` for none; by default the active ones
                 serve all rows.
-            kwargs: as its own forward.
+            kwargs: as its own forward, and what an active adapter's method asks for (multitask prompt tuning:
+                `task_ids`).
         """
+        if any(name in kwargs for name in self.adapter_state.arguments):
+            with self.with_call_arguments(kwargs):
+                return self(*args, adapter_names=adapter_names, **kwargs)
         if adapter_names is None:
             outputs = super().__call__(*args, **kwargs)
             return self._penalise(outputs) if self.adapter_state.penalised else outputs
         with self.mixed(adapter_names, args, kwargs):
             return super().__call__(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def with_call_arguments(self, kwargs: dict[str, Any]) -> Iterator[None]:
+        """Inside the block, the active adapters have the arguments in `kwargs` that are for them, which are taken out."""
+        wanted = self.adapter_state.arguments
+        # Where the model is called within `generate`, that has been given them.
+        given = {name: kwargs.pop(name) for name in wanted if name in kwargs}
+        units = {unit for name in given for unit in wanted[name]}
+        for unit in units:
+            unit.call_arguments = {name: value for name, value in given.items() if unit in wanted[name]}
+        try:
+            yield
+        finally:
+            for unit in units:
+                del unit.call_arguments
 
     def mixed(
         self, names: Sequence[str], args: Sequence[Any], kwargs: dict[str, Any]

@@ -32,6 +32,7 @@ class MergeVerbs(WithAdapters):
         self.check_names(names)
         self.check_not_merged("merge again")
         attach.check_together(self, names)
+        attach.check_foldable(self, names)
         merging.merge_in_place(self, names)
         self.adapter_state.merged = names
         self.refresh()
@@ -65,6 +66,7 @@ class MergeVerbs(WithAdapters):
         names = tuple(self.adapter_state.active if adapter_names is None else adapter_names)
         self.check_names(names)
         attach.check_together(self, names)
+        attach.check_foldable(self, names)
         if self.adapter_state.merged:
             self.unmerge_adapter()
         report = merging.merge_to_plain(self, names, original)

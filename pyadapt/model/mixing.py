@@ -64,7 +64,8 @@ def _check_mixable(modules: Sequence[tuple[str, nn.Module]], names: Sequence[str
             unit = module.unit(name) if isinstance(module, AdaptedLayer) else None
             if unit is not None and not unit.by_row:
                 raise ValueError(
-                    f"adapter {name!r} cannot be chosen by row: {path} ({type(module).__name__}) mixes the batch's rows"
+                    f"adapter {name!r} cannot be chosen by row: {path or 'the model'} ({type(module).__name__}) "
+                    f"{unit.why_not_by_row}"
                 )
 
 

@@ -25,6 +25,7 @@ class AdapterState:
         enabled: False while adapters are disabled.
         merged: names of the adapters that are folded into the base weights.
         trained_before: names of the base parameters that required gradients before wrapping.
+        arguments: further arguments of a call that the methods of active adapters take -> the units they are given to.
         penalised: (method, configuration, units) of each adapter at work that adds a term to the loss.
     """
 
@@ -32,6 +33,7 @@ class AdapterState:
     enabled: bool = True
     merged: tuple[str, ...] = ()
     trained_before: frozenset[str] = frozenset()
+    arguments: dict[str, tuple[AdapterUnit, ...]] = field(default_factory=dict)
     penalised: tuple[tuple[type[LayerMethod], Any, tuple[AdapterUnit, ...]], ...] = ()
 
 
@@ -80,6 +82,12 @@ class WithAdapters(nn.Module):
             for name in (state.active if state.enabled and not state.merged else ())
             if METHODS[(config := self.peft_config[name]).peft_type].has_penalty and not config.inference_mode
         )
+
+        state.arguments = {
+            argument: tuple(self.units_of(name))
+            for name in (state.active if state.enabled else ())
+            for argument in METHODS[self.peft_config[name].peft_type].call_arguments
+        }
 
     def units_of(self, name: str) -> list[AdapterUnit]:
         """The units that the method of the adapter called `name` has put on layers, in the model's order."""

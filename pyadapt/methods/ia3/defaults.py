@@ -37,7 +37,7 @@ DEFAULT_TARGETS = {model_type: sorted(outputs + inputs) for outputs, inputs, typ
 DEFAULT_FEEDFORWARD = {model_type: inputs for _, inputs, types in _TABLE for model_type in types}
 
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
-_KEY_OR_VALUE = re.compile(r"(k|v|key|value)(_?proj|_lin)?", re.IGNORECASE)
+_KEY_OR_VALUE = re.compile(r"(to_)?(k|v|key|value)(_?proj|_lin)?", re.IGNORECASE)
 _FEEDFORWARD = re.compile(r"mlp|ffn?\d*|feed_?forward", re.IGNORECASE)
 
 
@@ -62,7 +62,7 @@ def by_structure(model: nn.Module) -> tuple[list[str], list[str]]:
     the last linear layer of each feed-forward module.
     """
     linear = all_linear(model)
-    inside = [path for path in linear if any(_ATTENTION.search(part) for part in path.split(".")[:-1])]
+    inside = [path for path in linear if _is_in_attention(path)]
     keys = [path for path in inside if _KEY_OR_VALUE.fullmatch(path.rpartition(".")[2])] or inside
     last: dict[str, str] = {}
     for path in linear:
@@ -72,6 +72,16 @@ def by_structure(model: nn.Module) -> tuple[list[str], list[str]]:
             last[".".join(parts[: depth + 1])] = path
     every = [path for path, _ in base_modules(model)]
     return _names(keys, every), _names(list(last.values()), every)
+
+
+def _is_in_attention(path: str) -> bool:
+    """Whether the nearest module around `path` that is one or the other is an attention, and no feed-forward module.
+
+    diffusers keeps whole transformer blocks in a list called `attentions`.
+    """
+    around = reversed(path.split(".")[:-1])
+    nearest = next((part for part in around if _ATTENTION.search(part) or _FEEDFORWARD.fullmatch(part)), "")
+    return _ATTENTION.search(nearest) is not None
 
 
 def _names(chosen: list[str], every: list[str]) -> list[str]:

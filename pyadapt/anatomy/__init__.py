@@ -1,0 +1,26 @@
+"""The parts of a transformer that prompts act on: its attention, its positions, and where tokens become vectors.
+
+Each is a kind of `Host`, as a layer's weight is: units are put on such modules and are called with them. What differs
+between models is here, in one place; a method never asks what model it is in.
+"""
+
+from __future__ import annotations
+
+from . import bloom, deberta, gpt, t5  # noqa: F401 (each registers its kind)
+from .attention import AttentionCall, AttentionUnit, attention_of, self_attentions
+from .positions import Positions, PositionUnit, position_modules
+from .stack import Stack, decoder_of, encoder_and_decoder, token_stack
+
+__all__ = [
+    "AttentionCall",
+    "AttentionUnit",
+    "PositionUnit",
+    "Positions",
+    "Stack",
+    "attention_of",
+    "decoder_of",
+    "encoder_and_decoder",
+    "position_modules",
+    "self_attentions",
+    "token_stack",
+]

@@ -1,0 +1,86 @@
+"""GPT-J's and GPT-Neo's attention, whose products are a method of their own, `_attn`."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from ..surgery import original_class
+from .attention import AdaptedAttention, Attention, AttentionCall, register
+
+
+class AdaptedGPTAttention(AdaptedAttention):
+    """Mixin of an attention with a method `_attn(query, key, value, mask)`, which gives (B, H, L, D) and weights."""
+
+    # What GPT-Neo multiplies its scores by.
+    scaling = 1.0
+
+    def _attn(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None) -> Any:
+        own = super()._attn  # type: ignore[misc]
+        if self.at_work is None:
+            return own(query, key, value, attention_mask)
+
+        def core(call: AttentionCall) -> tuple[Tensor, Any]:
+            output, weights = own(call.query, call.key, call.value, call.mask)
+            return output.transpose(1, 2), weights
+
+        options = {"scaling": self.scaling}
+        output, weights = self.lead(core, AttentionCall(query, key, value, attention_mask, options))
+        return output.transpose(1, 2), weights
+
+
+class AdaptedGPTJAttention(AdaptedGPTAttention):
+    """Mixin of GPT-J's, which rotates by `position_ids` itself."""
+
+    @property
+    def scaling(self) -> float:  # type: ignore[override]
+        """What the scores are multiplied by."""
+        return 1.0 / float(self.scale_attn)  # type: ignore[arg-type]
+
+    def with_units(self, units: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """See `AdaptedAttention.with_units`; the text comes after what units put before it."""
+        before = sum(unit.before for unit in units)
+        return super().with_units(units, args, {**kwargs, "position_ids": kwargs["position_ids"] + before})
+
+
+class _GPTAttention(Attention):
+    @classmethod
+    def check(cls, layer: Any) -> None:
+        """See `Attention.check`: there is but one implementation, and it takes masks."""
+
+
+@register
+class GPTNeoAttention(_GPTAttention):
+    """`GPTNeoSelfAttention`; a prefix counts as tokens before the text also to its local layers."""
+
+    mixin: ClassVar[type[nn.Module] | None] = AdaptedGPTAttention
+
+    @staticmethod
+    def accepts(layer: Any) -> bool:
+        """See `Host.accepts`."""
+        return original_class(layer).__name__ == "GPTNeoSelfAttention"
+
+
+@register
+class GPTJAttention(_GPTAttention):
+    """`GPTJAttention`."""
+
+    mixin: ClassVar[type[nn.Module] | None] = AdaptedGPTJAttention
+
+    @staticmethod
+    def accepts(layer: Any) -> bool:
+        """See `Host.accepts`."""
+        return original_class(layer).__name__ == "GPTJAttention"
+
+
+@register
+class GPT2Attention(Attention):
+    """`GPT2Attention`: in PEFT an adapter's own attention does not pass the output projection there."""
+
+    adds_to_output: ClassVar[bool] = True
+
+    @staticmethod
+    def accepts(layer: Any) -> bool:
+        """See `Host.accepts`."""
+        return original_class(layer).__name__ == "GPT2Attention"

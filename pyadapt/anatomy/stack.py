@@ -1,0 +1,94 @@
+"""Where tokens become vectors: the modules of a transformers model that an input prompt is put into."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from ..base import Host
+from ..layer import base_modules
+from ..surgery import original_class
+
+
+class Stack(Host):
+    """A module that takes token ids or their embeddings and gives hidden states: an encoder, a decoder or both in one."""
+
+    name: ClassVar[str] = "stack"
+    form: ClassVar[str] = "stack"
+
+    @staticmethod
+    def accepts(layer: Any) -> bool:
+        """See `Host.accepts`."""
+        names = inspect.signature(original_class(layer).forward).parameters
+        return {"input_ids", "inputs_embeds"} <= set(names) and isinstance(embedding_of(layer), nn.Embedding)
+
+    @staticmethod
+    def shape(layer: Any) -> tuple[int, int]:
+        """See `Host.shape`: features of an input embedding, twice."""
+        width = embedding_of(layer).embedding_dim
+        return width, width
+
+    @staticmethod
+    def dtype(layer: Any) -> torch.dtype:
+        """See `Host.dtype`."""
+        return embedding_of(layer).weight.dtype
+
+    @staticmethod
+    def stored(layer: Any) -> dict[str, nn.Parameter]:
+        """See `Host.stored`: the table of input embeddings."""
+        return {"weight": embedding_of(layer).weight}
+
+
+def embedding_of(stack: Any) -> Any:
+    """The table that turns the token ids of `stack` into vectors, or None."""
+    try:
+        return stack.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        return None
+
+
+def token_stack(model: Any) -> str:
+    """Path of the module of a decoder-only or encoder-only model that embeds tokens and runs the blocks.
+
+    Raises:
+        ValueError: the model reads something else than tokens.
+    """
+    part = getattr(model, "base_model", model)
+    path = _checked(model, part)
+    # A model around a decoder of its own (OPT) is passed by where a head is put on that.
+    inner = [name for name, child in part.named_children() if Stack.accepts(child)]
+    return f"{path}.{inner[0]}".strip(".") if len(inner) == 1 else path
+
+
+def encoder_and_decoder(model: Any) -> tuple[str, str] | None:
+    """Paths of the encoder and the decoder of a sequence-to-sequence model; None for other models.
+
+    Raises:
+        ValueError: its encoder reads something else than tokens.
+    """
+    decoder = decoder_of(model)
+    return None if decoder is None else (_checked(model, model.get_encoder()), decoder)
+
+
+def decoder_of(model: Any) -> str | None:
+    """Path of the decoder of a sequence-to-sequence model; None for other models."""
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return None
+    return path_of(model, model.get_decoder())
+
+
+def path_of(model: nn.Module, part: nn.Module) -> str:
+    """Path of the module `part` in `model`; empty for the model itself."""
+    return next(path for path, module in base_modules(model) if module is part)
+
+
+def _checked(model: nn.Module, part: Any) -> str:
+    if not Stack.accepts(part):
+        raise ValueError(
+            f"the {type(part).__name__} of this {type(model).__name__} reads no token ids, and so no vectors in their "
+            "place: a prompt has nowhere to go"
+        )
+    return path_of(model, part)

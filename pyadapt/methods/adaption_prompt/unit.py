@@ -1,0 +1,59 @@
+"""The prompt of one attention, and its gate."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ...anatomy import AttentionCall, AttentionUnit
+from ...anatomy.attention import AdaptedAttention, Core
+
+
+class AdaptionPromptUnit(AttentionUnit):
+    """A second attention, of the text's queries over a prompt, added through a gate that starts at zero.
+
+        attention(Q, K, V) + gate softmax(Q K_p' scaling) V_p,    K_p, V_p = what the module makes of the prompt
+
+    The softmax is fp32. Keys of the prompt bear no positions. Source: Zhang et al. 2023 (LLaMA-Adapter).
+
+    Attributes:
+        prompt: (1, adapter_len, d).
+        gate: (1,).
+    """
+
+    file_keys: ClassVar[dict[str, str]] = {"prompt": "adaption_prompt", "gate": "adaption_gate"}
+
+    @classmethod
+    def shapes(cls, config: Any, path: str, base: Any, layer: Any) -> dict[str, tuple[int, ...]]:
+        """See `AdapterUnit.shapes`."""
+        return {"prompt": (1, config.adapter_len, base.width(layer)), "gate": (1,)}
+
+    def initialize(self, config: Any, path: str, base: Any, layer: Any) -> None:
+        """A prompt from N(0, 1), and a gate of zero: at first the model is the base."""
+        nn.init.normal_(self.prompt)
+        nn.init.zeros_(self.gate)
+
+    def forward(self, owner: AdaptedAttention, core: Core, call: AttentionCall) -> tuple[Tensor, Any]:  # type: ignore[override]
+        """See `AttentionUnit.forward`."""
+        key, value = owner.keys_and_values(self.prompt)
+        output, weights = core(call)
+        term = self._attention(call, key, value)
+        if owner.base.adds_to_output:
+            owner.add_to_output(term.flatten(2))
+            return output, weights
+        return output + term.to(output.dtype), weights
+
+    def _attention(self, call: AttentionCall, key: Tensor, value: Tensor) -> Tensor:
+        """The gated attention over the prompt, (B, L, H, D)."""
+        query, scaling = call.query, call.options.get("scaling")
+        groups = query.shape[1] // key.shape[1]
+        key, value = (x.to(query.dtype).repeat_interleave(groups, dim=1) for x in (key, value))
+        scores = torch.matmul(query, key.transpose(-1, -2)) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+        weights = self.gate * torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+        return torch.matmul(weights.to(value.dtype), value).transpose(1, 2)
+
+    def extra_repr(self) -> str:
+        """The length, for `print(model)`."""
+        return f"length={self.prompt.shape[1]}"

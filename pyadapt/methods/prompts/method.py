@@ -1,0 +1,86 @@
+"""What the methods of this package are to the rest: where the prompt goes, and what is in a file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from ...anatomy import Stack, attention_of, encoder_and_decoder, self_attentions, token_stack
+from ...anatomy.stack import embedding_of
+from ...base import Host
+from ...config import TaskType
+from ...prompt_learning import PROMPT_KEY, PromptMethod
+from .unit import ALONE, DECODER, ENCODER
+
+
+class InputPromptMethod(PromptMethod):
+    """A method whose prompt is put before the text's embeddings."""
+
+    @classmethod
+    def host(cls, layer: nn.Module) -> type[Host] | None:
+        """See `LayerMethod.host`."""
+        return Stack if Stack.accepts(layer) else None
+
+    @staticmethod
+    def places(config: Any, model: nn.Module) -> tuple[Any, list[str], dict[str, str]]:
+        """See `LayerMethod.places`: the stack, or an encoder and the decoder behind it."""
+        config = config.with_saved(model)
+        pair = encoder_and_decoder(model)
+        parts = {token_stack(model): ALONE} if pair is None else {pair[0]: ENCODER, pair[1]: DECODER}
+        first = model.get_submodule(next(iter(parts)))
+        width = embedding_of(first).embedding_dim
+        if config.token_dim not in (None, width):
+            raise ValueError(
+                f"token_dim={config.token_dim}: embeddings of this {type(model).__name__} have {width} features"
+            )
+        settings: Any = getattr(first, "config", None)
+        attentions = self_attentions(first)
+        config = config.replaced(
+            token_dim=width,
+            num_transformer_submodules=config.num_transformer_submodules or _submodules(config, pair is not None),
+            num_layers=config.num_layers or len(attentions) or None,
+            num_attention_heads=config.num_attention_heads or getattr(settings, "num_attention_heads", None),
+            encoder_hidden_size=getattr(config, "encoder_hidden_size", None) or width,
+            parts=parts,
+            first_stands=config.task_type == TaskType.SEQ_CLS and pair is None and not _is_causal(attentions),
+        )
+        _check_length(config, model, first)
+        return config, list(parts), {}
+
+    @classmethod
+    def parted(cls, model: nn.Module, config: Any, tensors: Mapping[str, Tensor]) -> dict[tuple[str, str], Tensor]:
+        """See `PromptMethod.parted`."""
+        path = cls.places(config, model)[1][0]
+        return {(path, key): tensor for key, tensor in tensors.items()}
+
+
+def total_tokens(config: Any) -> int:
+    """Rows of the prompts of all parts of the model."""
+    return config.num_virtual_tokens * config.num_transformer_submodules
+
+
+def _submodules(config: Any, both: bool) -> int:
+    """PEFT asks the task, not the model."""
+    return 2 if both and config.task_type == TaskType.SEQ_2_SEQ_LM else 1
+
+
+def _is_causal(attentions: list[tuple[str, nn.Module]]) -> bool:
+    kinds = [(attention_of(module), module) for _, module in attentions]
+    return any(kind is not None and kind.is_causal(module) for kind, module in kinds)
+
+
+def _check_length(config: Any, model: nn.Module, stack: nn.Module) -> None:
+    from ...anatomy import Positions, position_modules
+
+    for path, module in position_modules(stack):
+        count = Positions.count(module)
+        if count is not None and config.num_virtual_tokens >= count:
+            raise ValueError(
+                f"num_virtual_tokens={config.num_virtual_tokens}: a prompt of this length leaves no positions for the "
+                f"text ({path} has {count})"
+            )
+
+
+__all__ = ["PROMPT_KEY", "InputPromptMethod", "total_tokens"]
