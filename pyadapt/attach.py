@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .base import Host, base_of
+from .base import base_of
 from .base.dense import Dense
 from .biases import COPY, add_bias, biased_modules, choose_biases, copy_biases, remove_biases, rename_biases
 from .dtypes import adapter_dtype
@@ -195,12 +195,12 @@ def check_foldable(model: nn.Module, names: Sequence[str]) -> None:
             unit = layer.unit(name)
             if unit is not None and not unit.folds:
                 raise ValueError(
-                    f"adapter {name!r} cannot be merged: what it adds at {path or 'the model'} depends on the input, and "
-                    "is no change of a weight; keep it beside the model, or name the adapters to merge"
+                    f"adapter {name!r} cannot be merged: what it adds at {path or 'the model'} is no change of a weight; "
+                    "keep it beside the model, or name the adapters to merge"
                 )
 
 
-def _host(plan: Plan, row: LayerPlan, layer: nn.Module) -> type[Host]:
+def _host(plan: Plan, row: LayerPlan, layer: nn.Module) -> Any:
     host = base_of(layer) if row.unit_class is TokenUnit else plan.method.host(layer)
     assert host is not None
     return host
@@ -216,7 +216,7 @@ def _share_common(units: Sequence[AdapterUnit]) -> None:
 def _make_unit(
     plan: Plan,
     row: LayerPlan,
-    base: type[Host],
+    base: Any,
     layer: nn.Module,
     home: torch.device,
     dtype: torch.dtype,

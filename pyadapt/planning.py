@@ -254,7 +254,7 @@ def _plan_layer(method: type[LayerMethod], targets: Targets, path: str, model: n
     source = targets.sources.get(path)
     # What a layer shares with another is described, and counted, there.
     first = path if source is None else source
-    host = base_of if by_rows else method.host
+    host: Any = base_of if by_rows else method.host
     base, first_base = host(layer), host(model.get_submodule(first))
     assert base is not None
     assert first_base is not None

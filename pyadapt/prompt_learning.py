@@ -9,7 +9,7 @@ without the `model.` that other methods' keys have:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -88,7 +88,7 @@ class PromptMethod(LayerMethod):
         raise NotImplementedError
 
     @classmethod
-    def joined(cls, config: Any, parts: list[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    def joined(cls, config: Any, parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """One adapter's tensors in the file, from those of its units (see `finish`)."""
         return {key: tensor for part in parts for key, tensor in part.items()}
 

@@ -7,6 +7,7 @@ original name. FSDP2's ``fully_shard`` changes modules in this way too.
 
 from __future__ import annotations
 
+import inspect
 import types
 from typing import Any, TypeVar, cast
 
@@ -67,6 +68,12 @@ def is_adopted_by(module: nn.Module, mixin: type[nn.Module]) -> bool:
 def original_class(module: nn.Module) -> type:
     """The class that `module` had before any `adopt`."""
     return _root_and_mixins(type(module))[0]
+
+
+def forward_arguments(module: nn.Module) -> tuple[str, ...]:
+    """Names of the arguments of the forward that `module` had before any `adopt`."""
+    cls: Any = original_class(module)
+    return tuple(inspect.signature(cls.forward).parameters)[1:]
 
 
 def check_adoptable(path: str, module: nn.Module) -> None:

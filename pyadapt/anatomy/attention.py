@@ -268,7 +268,7 @@ def check_implementation(name: str | None) -> None:
         )
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _function(cls: type, implementation: str) -> Any:
     names = inspect.unwrap(cls.forward).__globals__  # type: ignore[attr-defined]
     if implementation == "eager":
@@ -288,17 +288,17 @@ class Attention(Host):
     @staticmethod
     def accepts(layer: Any) -> bool:
         """See `Host.accepts`."""
-        cls = original_class(layer)
+        cls: Any = original_class(layer)
         code = getattr(inspect.unwrap(cls.forward), "__code__", None)
         return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
 
     @classmethod
     def heads(cls, layer: Any) -> tuple[int, int]:
         """(key/value heads, features a head)."""
-        width = next((size for name in _HEAD_SIZES if isinstance(size := getattr(layer, name, None), int)), None)
+        width: Any = next((size for name in _HEAD_SIZES if isinstance(size := getattr(layer, name, None), int)), None)
         projection = next((p for name in _KEYS if (p := getattr(layer, name, None)) is not None), None)
         features = getattr(projection, "out_features", None)
-        count = next((n for name in _HEAD_COUNTS if isinstance(n := getattr(layer, name, None), int)), None)
+        count: Any = next((n for name in _HEAD_COUNTS if isinstance(n := getattr(layer, name, None), int)), None)
         if count is None:
             count = getattr(getattr(layer, "config", None), "num_attention_heads", None)
         if width is None and features is not None and count:
@@ -312,7 +312,7 @@ class Attention(Host):
         """Features of the states that the module reads, d."""
         projection = next((p for name in _QUERIES if (p := getattr(layer, name, None)) is not None), None)
         width = getattr(projection, "in_features", None) or getattr(projection, "nf", 0) // 3
-        return width or getattr(layer, "config").hidden_size
+        return width or layer.config.hidden_size
 
     @classmethod
     def shape(cls, layer: Any) -> tuple[int, int]:
@@ -355,7 +355,8 @@ def attention_of(layer: Any) -> type[Attention] | None:
     """The kind of self-attention that `layer` is, or None."""
     if "transformers.modeling_utils" not in sys.modules:
         return None
-    return next((kind for kind in (*KINDS, Attention) if kind.accepts(layer)), None)
+    kinds: list[type[Attention]] = [*KINDS, Attention]
+    return next((kind for kind in kinds if kind.accepts(layer)), None)
 
 
 def register(kind: type[Attention]) -> type[Attention]:

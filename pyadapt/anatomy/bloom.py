@@ -65,7 +65,7 @@ class AdaptedBloomAttention(AdaptedAttention):
 
 
 def slopes(heads: int) -> Tensor:
-    """ALiBi's slope of each head, (H,) fp32 (Press et al. 2021): powers of two, then every other of the next power's."""
+    """The slope of each head, (H,) fp32: powers of two, then every other of the next power's (Press et al. 2021)."""
     whole = 2 ** math.floor(math.log2(heads))
     first = [2.0 ** (-8.0 * (i + 1) / whole) for i in range(whole)]
     rest = [2.0 ** (-4.0 * (2 * i + 1) / whole) for i in range(heads - whole)]

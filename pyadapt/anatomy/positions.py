@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from ..base import Host
 from ..layer import AdaptedLayer, base_modules
 from ..method import AdapterUnit
-from ..surgery import original_class
+from ..surgery import forward_arguments, original_class
 
 # The last name in the path of a table of learned positions.
 TABLES = ("wpe", "position_embeddings", "position_embedding", "embed_positions")
@@ -64,7 +63,7 @@ class PositionUnit(AdapterUnit):
         super().__init__(config, path, base, layer, *rest)
         self.before = int(config.num_virtual_tokens)
         # Of the host's forward; asked for once, as the question is slow.
-        self.names = tuple(inspect.signature(original_class(layer).forward).parameters)[1:]
+        self.names = forward_arguments(layer)
 
     @classmethod
     def shapes(cls, config: Any, path: str, base: Any, layer: Any) -> dict[str, tuple[int, ...]]:
@@ -113,5 +112,5 @@ def position_modules(part: nn.Module, prefix: str = "") -> list[tuple[str, nn.Mo
 
 
 def _is_rotary(module: nn.Module) -> bool:
-    cls = original_class(module)
-    return cls.__name__.endswith("RotaryEmbedding") and "position_ids" in inspect.signature(cls.forward).parameters
+    named = original_class(module).__name__.endswith("RotaryEmbedding")
+    return named and "position_ids" in forward_arguments(module)

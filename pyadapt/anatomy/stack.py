@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any, ClassVar
 
 import torch
@@ -10,11 +9,11 @@ from torch import nn
 
 from ..base import Host
 from ..layer import base_modules
-from ..surgery import original_class
+from ..surgery import forward_arguments
 
 
 class Stack(Host):
-    """A module that takes token ids or their embeddings and gives hidden states: an encoder, a decoder or both in one."""
+    """A module that takes token ids or their embeddings and gives hidden states: an encoder, a decoder."""
 
     name: ClassVar[str] = "stack"
     form: ClassVar[str] = "stack"
@@ -22,8 +21,9 @@ class Stack(Host):
     @staticmethod
     def accepts(layer: Any) -> bool:
         """See `Host.accepts`."""
-        names = inspect.signature(original_class(layer).forward).parameters
-        return {"input_ids", "inputs_embeds"} <= set(names) and isinstance(embedding_of(layer), nn.Embedding)
+        return {"input_ids", "inputs_embeds"} <= set(forward_arguments(layer)) and isinstance(
+            embedding_of(layer), nn.Embedding
+        )
 
     @staticmethod
     def shape(layer: Any) -> tuple[int, int]:

@@ -39,7 +39,7 @@ class Calls(WithAdapters):
 
     @contextlib.contextmanager
     def with_call_arguments(self, kwargs: dict[str, Any]) -> Iterator[None]:
-        """Inside the block, the active adapters have the arguments in `kwargs` that are for them, which are taken out."""
+        """Inside the block, the active adapters have those of `kwargs` that are for them, which are taken out."""
         wanted = self.adapter_state.arguments
         # Where the model is called within `generate`, that has been given them.
         given = {name: kwargs.pop(name) for name in wanted if name in kwargs}

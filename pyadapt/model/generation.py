@@ -14,9 +14,9 @@ from .calls import Calls
 class Generation(Calls):
     """What `generate` asks of a wrapped model otherwise than of a plain one.
 
-    Virtual tokens before the text are put there by the model itself, in the first step. transformers, which knows of none,
-    is told where it sizes a cache or counts what lies in one; a mask of four dimensions that it would make of the
-    text's for a static cache is left to the model.
+    Virtual tokens before the text are put there by the model itself, in the first step. transformers, which knows of
+    none, is told where it sizes a cache or counts what lies in one; a mask of four dimensions that it would make of
+    the text's for a static cache is left to the model.
     """
 
     def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
@@ -39,12 +39,12 @@ class Generation(Calls):
         """The mask that a step of `generate` gives the model: the text's own where virtual tokens stand before it."""
         if self.virtual_tokens() and (attention_mask is None or attention_mask.dim() == 2):
             return attention_mask
-        parent: Any = super()
-        if hasattr(parent, "create_masks_for_generate"):
-            return parent.create_masks_for_generate(*args, attention_mask=attention_mask, **kwargs)
-        from transformers.masking_utils import create_masks_for_generate
+        make: Any = getattr(super(), "create_masks_for_generate", None)
+        if make is None:
+            from transformers import masking_utils
 
-        return create_masks_for_generate(*args, attention_mask=attention_mask, **kwargs)
+            make = masking_utils.create_masks_for_generate
+        return make(*args, **{**kwargs, "attention_mask": attention_mask})
 
     def prepare_inputs_for_generation(
         self,

@@ -16,8 +16,8 @@ class AdaptionPromptConfig(AdapterConfig):
         target_modules: what the attentions are called; None asks the model.
         adapter_len: length of each prompt.
         adapter_layers: how many layers, from the top, have one.
-        modules_to_save: modules that are trained whole and saved beside the adapter; PEFT has no such option here, and a
-            file without any does not have the key.
+        modules_to_save: modules that are trained whole and saved beside the adapter; PEFT has no such option here, and
+            a file without any does not have the key.
     """
 
     peft_type: ClassVar[str] = "ADAPTION_PROMPT"

@@ -24,6 +24,8 @@ class AdaptionPromptUnit(AttentionUnit):
     """
 
     file_keys: ClassVar[dict[str, str]] = {"prompt": "adaption_prompt", "gate": "adaption_gate"}
+    prompt: nn.Parameter
+    gate: nn.Parameter
 
     @classmethod
     def shapes(cls, config: Any, path: str, base: Any, layer: Any) -> dict[str, tuple[int, ...]]:

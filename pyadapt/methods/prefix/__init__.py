@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -82,7 +82,7 @@ class PrefixTuning(PromptMethod):
         return {PROMPT_KEY: PrefixUnit.made(tensors)}
 
     @classmethod
-    def joined(cls, config: Any, parts: list[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    def joined(cls, config: Any, parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """See `PromptMethod.joined`: the blocks side by side, (n, sum of widths); those that nothing reads are zero."""
         own = dict(zip(dict.fromkeys(config.blocks), (part[PROMPT_KEY] for part in parts), strict=True))
         zeros = torch.zeros_like(parts[0][PROMPT_KEY])
@@ -119,8 +119,8 @@ def _hosts(model: nn.Module) -> tuple[list[tuple[str, nn.Module]], list[tuple[st
     found = [(f"{inside}.{path}".strip("."), module) for path, module in self_attentions(part)]
     if not found:
         raise ValueError(
-            f"this {type(model).__name__} has no self-attention of transformers, so there is nothing that a prefix could "
-            "be seen by"
+            f"this {type(model).__name__} has no self-attention of transformers, so there is nothing that could see a "
+            "prefix"
         )
     return found, position_modules(part, inside)
 

@@ -10,7 +10,7 @@ from ...prompt_learning import PromptLearningConfig
 
 @dataclass
 class PrefixTuningConfig(PromptLearningConfig):
-    """Configuration of prefix tuning; names and defaults are those of PEFT. What is not listed: `PromptLearningConfig`.
+    """Configuration of prefix tuning; names and defaults are PEFT's. What is not listed: see `PromptLearningConfig`.
 
     Attributes:
         init_weights: "zero" starts from keys and values that are zero; None from N(0, 1).
@@ -35,6 +35,6 @@ class PrefixTuningConfig(PromptLearningConfig):
 
     @property
     def blocks(self) -> list[int]:
-        """Which block of a file's keys and values each layer reads; of a configuration that says everything outright."""
+        """Which block of a file's keys and values each layer reads; for a configuration that says everything."""
         layers = self.num_layers or 0
         return [(2 * i if self.num_transformer_submodules == 2 else i) % layers for i in range(layers)]

@@ -40,6 +40,8 @@ class PrefixUnit(AttentionUnit):
     }
     common: ClassVar[tuple[str, ...]] = _SHARED
     writes_mirror: ClassVar[bool] = False
+    hidden_weight: nn.Parameter
+    output_weight: nn.Parameter
 
     def __init__(self, config: Any, path: str, base: Any, layer: Any, *rest: Any) -> None:
         super().__init__(config, path, base, layer, *rest)

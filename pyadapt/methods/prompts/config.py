@@ -131,7 +131,7 @@ class MultitaskPromptTuningConfig(PromptTuningConfig):
         self.check_counts("num_ranks", "num_tasks")
         if self.from_source and not self.prompt_tuning_init_state_dict_path:
             raise ValueError(
-                f"prompt_tuning_init={self.prompt_tuning_init.value} needs "  # type: ignore[union-attr]
+                f"prompt_tuning_init={getattr(self.prompt_tuning_init, 'value', None)} needs "
                 "prompt_tuning_init_state_dict_path, the file of the source tasks' adapter"
             )
 

@@ -7,7 +7,7 @@ Learnt on source tasks, P and their matrices are what a target task starts from 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -38,6 +38,9 @@ class MultitaskPromptUnit(InputPrompt):
     file_keys: ClassVar[dict[str, str]] = {"embeddings": PROMPT_KEY, "columns": COLUMNS, "rows": ROWS}
     prompts_decoder: ClassVar[bool] = True
     common: ClassVar[tuple[str, ...]] = tuple(file_keys)
+    embeddings: nn.Parameter
+    columns: nn.Parameter
+    rows: nn.Parameter
 
     @classmethod
     def prompt_shapes(cls, config: Any) -> dict[str, tuple[int, ...]]:
@@ -98,7 +101,7 @@ class MultitaskPromptTuning(InputPromptMethod):
         return {unit.file_keys[attribute]: tensor for attribute, tensor in tensors.items()}
 
     @classmethod
-    def joined(cls, config: Any, parts: list[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    def joined(cls, config: Any, parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """See `PromptMethod.joined`: a decoder's unit holds the same parameters as the encoder's."""
         return dict(parts[0])
 

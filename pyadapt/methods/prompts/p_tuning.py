@@ -8,6 +8,7 @@ Files hold the finished prompt; trained on from a file, the prompt itself is tra
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -88,7 +89,8 @@ class PromptEncoderUnit(InputPrompt):
         if lstm:
             start = x.new_zeros(2 * self.layers, 1, lstm[1].shape[1])
             train = self.training and torch.is_grad_enabled()
-            x = torch.lstm(x[None], (start, start), lstm, True, self.layers, self.dropout, train, True, True)[0][0]
+            states: Any = torch.lstm(x[None], (start, start), lstm, True, self.layers, self.dropout, train, True, True)
+            x = states[0][0]
         products = sum(name.startswith("mlp_") for name in weights) // 2
         for i in range(products):
             x = F.linear(x, weights[f"mlp_{i}_weight"], weights[f"mlp_{i}_bias"])
@@ -99,7 +101,7 @@ class PromptEncoderUnit(InputPrompt):
 def _products(*widths: int) -> dict[str, tuple[int, ...]]:
     """Shapes of the weights and biases of one product after the other."""
     shapes: dict[str, tuple[int, ...]] = {}
-    for i, (inputs, outputs) in enumerate(zip(widths, widths[1:], strict=False)):
+    for i, (inputs, outputs) in enumerate(itertools.pairwise(widths)):
         shapes[f"mlp_{i}_weight"], shapes[f"mlp_{i}_bias"] = (outputs, inputs), (outputs,)
     return shapes
 

@@ -25,6 +25,7 @@ class PromptUnit(InputPrompt):
     """
 
     file_keys: ClassVar[dict[str, str]] = {"embeddings": PROMPT_KEY}
+    embeddings: nn.Parameter
 
     @classmethod
     def prompt_shapes(cls, config: Any) -> dict[str, tuple[int, ...]]:

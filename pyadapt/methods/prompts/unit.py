@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import abc
-import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 from ...layer import AdaptedLayer
 from ...method import AdapterUnit
-from ...surgery import original_class
+from ...surgery import forward_arguments
 from .insertion import with_prompt, without_prompt
 
 # What part of the model a stack is.
@@ -21,8 +20,8 @@ ALONE, ENCODER, DECODER = "alone", "encoder", "decoder"
 class InputPrompt(AdapterUnit):
     """A prompt of n virtual tokens before the text.
 
-    The encoder of an encoder-decoder gives the decoder the virtual tokens' states as well; the decoder is told that they
-    may be seen, and may have a prompt of its own, of which the second n rows are.
+    The encoder of an encoder-decoder gives the decoder the virtual tokens' states as well; the decoder is told that
+    they may be seen, and may have a prompt of its own, the second n rows.
 
     Attributes:
         part: what the stack is: `ALONE`, `ENCODER` or `DECODER`.
@@ -41,7 +40,7 @@ class InputPrompt(AdapterUnit):
         self.keeps_first = config.first_stands
         self.has_prompt = self._has_prompt(config, path)
         self.prepended = self.tokens if self.has_prompt and self.part != ENCODER else 0
-        self.names = tuple(inspect.signature(original_class(layer).forward).parameters)[1:]
+        self.names = forward_arguments(layer)
 
     @classmethod
     def _has_prompt(cls, config: Any, path: str) -> bool:
