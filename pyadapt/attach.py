@@ -72,7 +72,8 @@ def attach(model: nn.Module, plan: Plan, name: str, values: Mapping[str, Mapping
             unit = row.unit_class(plan.config, row.source, base, layer, torch.device("meta"), dtype)
             unit.follow(owners[row.source], row.source)
         units.append((layer, base, unit.train(layer.training)))
-    _share_common([unit for _, _, unit in units])
+    for _, _, unit in units:
+        unit.join([unit for _, _, unit in units])
     # One memo for all copies keeps tied what is tied.
     memo: dict[int, Any] | None = {} if getattr(plan.config, "ensure_weight_tying", False) else None
     copies = [
@@ -195,8 +196,8 @@ def check_foldable(model: nn.Module, names: Sequence[str]) -> None:
             unit = layer.unit(name)
             if unit is not None and not unit.folds:
                 raise ValueError(
-                    f"adapter {name!r} cannot be merged: what it adds at {path or 'the model'} is no change of a weight; "
-                    "keep it beside the model, or name the adapters to merge"
+                    f"adapter {name!r} cannot be merged: what it adds at {path or 'the model'} is no change of a "
+                    "weight; keep it beside the model, or name the adapters to merge"
                 )
 
 
@@ -204,13 +205,6 @@ def _host(plan: Plan, row: LayerPlan, layer: nn.Module) -> Any:
     host = base_of(layer) if row.unit_class is TokenUnit else plan.method.host(layer)
     assert host is not None
     return host
-
-
-def _share_common(units: Sequence[AdapterUnit]) -> None:
-    """Let the parameters that all units have in common be those of the first."""
-    for unit in units[1:]:
-        for attribute in set(unit.common) & unit._parameters.keys():
-            setattr(unit, attribute, getattr(units[0], attribute))
 
 
 def _make_unit(

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -115,6 +115,13 @@ def adapter_state_dict(
     return found
 
 
+def as_in_file(model: Any, name: str, state_dict: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """The tensors of one adapter as `adapter_state_dict` gives them, under the keys that its method gives files."""
+    config, tensors = model.peft_config[name], adapter_state_dict(model, name, state_dict)
+    method = METHODS[config.peft_type]
+    return method.as_saved(model, name, config, tensors, KEY_PREFIX)[1] if method.has_own_keys else tensors
+
+
 def save_adapter(
     model: nn.Module,
     folder: Path,
@@ -189,14 +196,35 @@ def read_adapter(
     folder = single or resolve_adapter_folder(path, **hub)
     config = None if single else AdapterConfig.from_pretrained(folder).replaced(adapter_dtype=adapter_dtype)
     tensors = read_tensors(single or adapter_weights_path(folder))
-    try:
-        if config is None:
+    if config is None:
+        try:
             config, tensors = kohya.read(model, tensors, KEY_PREFIX, prefix, strict)
-            config = config.replaced(adapter_dtype=adapter_dtype)
+        except ValueError as error:
+            raise _does_not_fit(f"in {folder}", model, f" {error}") from error
+        config = config.replaced(adapter_dtype=adapter_dtype)
+    return replace(fitted(model, config, tensors, f"in {folder}", strict), folder=folder)
+
+
+def fitted(
+    model: nn.Module, config: AdapterConfig, tensors: dict[str, Tensor], where: str, strict: bool = True
+) -> AdapterFile:
+    """What a file with `config` and `tensors` means for `model`, checked; nothing is changed.
+
+    Args:
+        model: the model.
+        config: the file's configuration.
+        tensors: the file's tensors by key.
+        where: what is said of the adapter in errors: where it comes from.
+        strict: refuse missing, extra or misshapen tensors.
+
+    Raises:
+        AdapterFileError: the configuration or, with `strict`, the tensors do not fit.
+    """
+    try:
         config, tensors = METHODS[config.peft_type].read(model, config, tensors, KEY_PREFIX)
         plan = make_plan(model, config, trained=False)
     except ValueError as error:
-        raise AdapterFileError(f"the adapter in {folder} does not fit this {type(model).__name__}: {error}") from error
+        raise _does_not_fit(where, model, f" {error}") from error
     wanted = dict(_expected_shapes(model, plan))
     tensors = without_repetitions(model, _under_present_keys(tensors, plan), KEY_PREFIX)
     for key, weight in weight_places(model).items():
@@ -212,11 +240,9 @@ def read_adapter(
     tensors = {key: tensor for key, tensor in tensors.items() if key not in again}
     problems += _differences(wanted, tensors)
     if problems and strict:
-        raise AdapterFileError(
-            f"the adapter in {folder} does not fit this {type(model).__name__}:\n" + "\n".join(problems)
-        )
+        raise _does_not_fit(where, model, "\n" + "\n".join(problems))
     fitting = {key: tensor for key, tensor in tensors.items() if wanted.get(key) == tuple(tensor.shape)}
-    return AdapterFile(plan, fitting, folder)
+    return AdapterFile(plan, fitting)
 
 
 def check_values(model: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> None:
@@ -254,6 +280,10 @@ def fill_adapter(model: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> 
         key = f"{KEY_PREFIX}{below}"
         if key in tensors and key not in places:
             fill_weight(key, weight, tensors[key])
+
+
+def _does_not_fit(where: str, model: nn.Module, why: str) -> AdapterFileError:
+    return AdapterFileError(f"the adapter {where} does not fit this {type(model).__name__}:{why}")
 
 
 def _places(model: nn.Module, name: str) -> Iterator[tuple[str, str, Tensor]]:

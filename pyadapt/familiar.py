@@ -13,7 +13,7 @@ from .config import AUTO_CLASSES, AdapterConfig, TaskType, as_config
 from .dtypes import LIKE_BASE
 from .files import AdapterFileError, Path
 from .method import DATA_FOLLOWS
-from .model import AdaptedModel, is_wrapped
+from .model import AdaptedModel, hotswapping, is_wrapped
 from .model.status import LayerStatus, ModelStatus
 from .wrapping import load, wrap
 
@@ -53,7 +53,7 @@ def get_peft_model_state_dict(
     model: nn.Module, state_dict: dict[str, Tensor] | None = None, adapter_name: str = "default"
 ) -> dict[str, Tensor]:
     """The tensors of one adapter under their keys in a file."""
-    return checkpoint.adapter_state_dict(_wrapped(model), adapter_name, state_dict)
+    return checkpoint.as_in_file(_wrapped(model), adapter_name, state_dict)
 
 
 def set_peft_model_state_dict(
@@ -64,9 +64,7 @@ def set_peft_model_state_dict(
     Raises:
         AdapterFileError: keys are missing, extra or misshapen; the model is unchanged.
     """
-    adapted = _wrapped(model)
-    checkpoint.check_values(adapted, adapter_name, peft_model_state_dict)
-    checkpoint.fill_adapter(adapted, adapter_name, peft_model_state_dict)
+    hotswapping.set_values(_wrapped(model), adapter_name, peft_model_state_dict)
 
 
 def hotswap_adapter(model: nn.Module, model_name_or_path: Path, adapter_name: str, **hub: Any) -> None:

@@ -72,8 +72,6 @@ class AdapterUnit(nn.Module, abc.ABC):
     why_not_by_row: ClassVar[str] = "mixes the batch's rows"
     # Whether `fold` can put the adapter into the layer's weight; else it stays beside the model.
     folds: ClassVar[bool] = True
-    # Parameters that the units of one adapter have in common: the first unit's serve all.
-    common: ClassVar[tuple[str, ...]] = ()
     # How many positions the unit puts before each sequence that the model decodes.
     prepended: int = 0
     # Values of the arguments in `LayerMethod.call_arguments`, set for the length of a call of the model.
@@ -142,6 +140,9 @@ class AdapterUnit(nn.Module, abc.ABC):
     def training_state(self) -> dict[str, Tensor]:
         """What training needs besides the parameters to go on from here, by attribute; empty where that is nothing."""
         return {}
+
+    def join(self, units: Sequence[AdapterUnit]) -> None:
+        """Get to know the units of the adapter, this one among them, in the order of the plan; all are made by now."""
 
     def start_from(self, values: Mapping[str, Tensor], layer: Any) -> None:
         """Take first values that `initialize` could not know, by attribute; called without gradients."""
@@ -278,16 +279,18 @@ class LayerMethod:
     has_schedule: ClassVar[bool] = False
     # Whether an adapter in training adds a term to the loss; see `penalty`.
     has_penalty: ClassVar[bool] = False
+    # Whether the tensors of a file have other keys than a unit's path and attribute, so that values in memory are to be
+    # read and given as those of files are; see `read` and `as_saved`.
+    has_own_keys: ClassVar[bool] = False
     # Further arguments of a call of the model, which the units are given (see `AdapterUnit.call_arguments`).
     call_arguments: ClassVar[tuple[str, ...]] = ()
 
     @staticmethod
-    def places(config: Any, model: nn.Module) -> tuple[Any, list[str], dict[str, str]] | None:
+    def places(config: Any, model: nn.Module) -> tuple[Any, list[str]] | None:
         """Where the adapter goes, for a method that does not adapt the layers its configuration names.
 
         Returns:
-            A copy of `config` with everything said outright; the paths of the modules that get a unit, in the model's
-            order; and which of them shares the parameters of which other. None leaves it to `targets.resolve`.
+            As `targets.resolve`; None leaves it to that.
 
         Raises:
             ValueError: the model has no place for the adapter.

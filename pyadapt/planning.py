@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -157,17 +157,16 @@ def make_plan(model: nn.Module, config: AdapterConfig, *, trained: bool = True) 
     check_wrappable(model)
     check_task(config, model)
     method = METHODS[config.peft_type]
-    resolved, paths, sources = method.places(config, model) or (*resolve(config, model), {})
+    resolved, paths = method.places(config, model) or resolve(config, model)
     saved = paths_to_save(resolved.modules_to_save or (), model)
-    targets = Targets(resolved, paths, saved, token_paths(resolved, model), sources)
+    targets = Targets(resolved, paths, saved, token_paths(resolved, model))
     tie(targets, model, trained=trained)
     check_apart(list(targets.tokens), targets.adapted, targets.saved, model)
     method.check(targets.config, model, [path for path in targets.adapted if path not in targets.sources])
     counted: set[int] | None = set() if getattr(resolved, "ensure_weight_tying", False) else None
-    rows = [_plan_layer(method, targets, path, model) for path in (*targets.adapted, *targets.tokens)]
     return Plan(
         config=targets.config,
-        layers=[*rows[:1], *map(_without_common, rows[1:])],
+        layers=[_plan_layer(method, targets, path, model) for path in (*targets.adapted, *targets.tokens)],
         saved={path: _plan_saved(path, model.get_submodule(path), counted) for path in targets.saved},
         base_parameters=count_base_parameters(model),
         biases=_count_biases(model, plan_biases(targets.config, model, targets.adapted, targets.saved)),
@@ -280,12 +279,6 @@ def _plan_layer(method: type[LayerMethod], targets: Targets, path: str, model: n
         unit_class=unit_class,
         source=source,
     )
-
-
-def _without_common(row: LayerPlan) -> LayerPlan:
-    """The row of a layer that comes after the first: what all have in common is described, and counted, there."""
-    common = {row.unit_class.file_keys[attribute] for attribute in row.unit_class.common}
-    return replace(row, shapes={key: shape for key, shape in row.shapes.items() if key not in common})
 
 
 def _plan_saved(path: str, module: nn.Module, counted: set[int] | None) -> int:

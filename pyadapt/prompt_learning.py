@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from .anatomy import Positions
 from .config import AdapterConfig
 from .method import AdapterUnit, LayerMethod
 from .targets import modules_to_save
@@ -40,7 +41,7 @@ class PromptLearningConfig(AdapterConfig):
             hold nothing else.
     """
 
-    runtime_keys: ClassVar[tuple[str, ...]] = (*AdapterConfig.runtime_keys, "finished", "parts")
+    runtime_keys: ClassVar[tuple[str, ...]] = (*AdapterConfig.runtime_keys, "finished")
 
     num_virtual_tokens: int | None = None
     token_dim: int | None = None
@@ -76,9 +77,29 @@ class PromptLearningConfig(AdapterConfig):
         return self.replaced(modules_to_save=modules_to_save(self, model) or None)
 
 
+def check_length(config: PromptLearningConfig, positions: Sequence[tuple[str, nn.Module]]) -> None:
+    """Refuse a prompt that leaves the text no positions.
+
+    Args:
+        config: its configuration.
+        positions: (path, module) of what makes positions for the text.
+
+    Raises:
+        ValueError: so it is.
+    """
+    for path, module in positions:
+        count = Positions.count(module)
+        if count is not None and (config.num_virtual_tokens or 0) >= count:
+            raise ValueError(
+                f"num_virtual_tokens={config.num_virtual_tokens}: a prompt of this length leaves no positions for the "
+                f"text ({path} has {count})"
+            )
+
+
 class PromptMethod(LayerMethod):
     """A method that learns a prompt."""
 
+    has_own_keys: ClassVar[bool] = True
     # Key in a file -> what stands for it behind a unit's path; the first is the finished prompt.
     file_keys: ClassVar[tuple[str, ...]] = (PROMPT_KEY,)
 
@@ -123,7 +144,7 @@ class PromptMethod(LayerMethod):
         for path, unit in units_by_path(model, name):
             keys = {attribute: f"{prefix}{path}.{unit.file_keys[attribute]}" for attribute in _own(unit)}
             taken |= set(keys.values())
-            if keys and unit.source is None:
+            if keys:
                 with torch.no_grad():
                     parts.append(cls.finish(unit, {attribute: tensors[key] for attribute, key in keys.items()}))
         rest = {_MODULES + key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key not in taken}

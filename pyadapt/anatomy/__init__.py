@@ -8,16 +8,19 @@ from __future__ import annotations
 
 from . import bloom, deberta, gpt, t5  # noqa: F401 (each registers its kind)
 from .attention import AttentionCall, AttentionUnit, attention_of, self_attentions
+from .blocks import Blocks, blocks_of
 from .positions import Positions, PositionUnit, position_modules
 from .stack import Stack, decoder_of, encoder_and_decoder, token_stack
 
 __all__ = [
     "AttentionCall",
     "AttentionUnit",
+    "Blocks",
     "PositionUnit",
     "Positions",
     "Stack",
     "attention_of",
+    "blocks_of",
     "decoder_of",
     "encoder_and_decoder",
     "position_modules",

@@ -197,7 +197,11 @@ class AdaptedAttention(AdaptedLayer):
         try:
             return self.frozen(*args, **kwargs)
         finally:
-            self.at_work = outer
+            if outer is None:
+                # Nothing stays on the module when it is unwrapped.
+                del self.at_work
+            else:
+                self.at_work = outer
 
     def _seen(self, kwargs: Mapping[str, Any]) -> Any:
         cache = next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
@@ -268,7 +272,6 @@ def check_implementation(name: str | None) -> None:
         )
 
 
-@functools.cache
 def _function(cls: type, implementation: str) -> Any:
     names = inspect.unwrap(cls.forward).__globals__  # type: ignore[attr-defined]
     if implementation == "eager":
@@ -365,11 +368,11 @@ def register(kind: type[Attention]) -> type[Attention]:
     return kind
 
 
-def self_attentions(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """(path, module) of each self-attention in `model`, in its order."""
+def self_attentions(part: nn.Module, prefix: str = "") -> list[tuple[str, nn.Module]]:
+    """(path, module) of each self-attention in `part`, which lies at `prefix` in the model, in its order."""
     return [
-        (path, module)
-        for path, module in base_modules(model)
+        (f"{prefix}.{path}".strip("."), module)
+        for path, module in base_modules(part)
         if path and attention_of(module) is not None and not _is_cross(path, module)
     ]
 

@@ -97,7 +97,8 @@ class AdaptedDebertaV2Attention(AdaptedDebertaAttention):
         if this.relative_attention:
             flat = query.flatten(0, 1), key.flatten(0, 1)
             bias = this.disentangled_attention_bias(*flat, None, this.pos_dropout(relative), factor)
-            scores = scores + bias.view_as(scores)
+            # Without a kind of term in `pos_att_type` it is the number 0.
+            scores = scores + bias.view_as(scores) if isinstance(bias, Tensor) else scores
         return scores
 
 

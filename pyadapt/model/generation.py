@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
-from ..layer import adapted_layers
 from .calls import Calls
 
 
@@ -27,19 +27,24 @@ class Generation(Calls):
         generate = super().generate  # type: ignore[misc]
         if adapter_names is None:
             return generate(*args, **kwargs)
+        state = self.adapter_state
+        prepended = state.prepended
         with self.mixed(adapter_names, args, kwargs):
-            return generate(*args, **kwargs)
-
-    def virtual_tokens(self) -> int:
-        """How many virtual tokens the active adapters put before each sequence that the model decodes."""
-        live = (unit for _, layer in adapted_layers(self) for unit in layer.adapters.live)
-        return sum(getattr(unit, "prepended", 0) for unit in live)
+            # No row has virtual tokens: such adapters cannot be chosen by row.
+            state.prepended = 0
+            try:
+                return generate(*args, **kwargs)
+            finally:
+                state.prepended = prepended
 
     def create_masks_for_generate(self, *args: Any, attention_mask: Any = None, **kwargs: Any) -> Any:
         """The mask that a step of `generate` gives the model: the text's own where virtual tokens stand before it."""
-        if self.virtual_tokens() and (attention_mask is None or attention_mask.dim() == 2):
-            return attention_mask
+        n = self.adapter_state.prepended
         make: Any = getattr(super(), "create_masks_for_generate", None)
+        if n and (attention_mask is None or attention_mask.dim() == 2):
+            # A model that keeps the two dimensions (BLOOM) makes the mask as long as the cache, virtual tokens included.
+            made = None if make is None else make(*args, **{**kwargs, "attention_mask": attention_mask})
+            return made[:, :-n] if isinstance(made, Tensor) and made.dim() == 2 else attention_mask
         if make is None:
             from transformers import masking_utils
 
@@ -49,18 +54,38 @@ class Generation(Calls):
     def prepare_inputs_for_generation(
         self,
         input_ids: Tensor,
+        *args: Any,
         next_sequence_length: int | None = None,
-        is_first_iteration: bool = False,
+        inputs_embeds: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """As transformers'; a cache of an earlier call holds its virtual tokens, which are none of the text."""
+        """As transformers', which looks for `inputs_embeds` in this signature.
+
+        It asks for what is longer than the cache, and counts the virtual tokens in that, which are none of the text.
+        """
         cache, length = kwargs.get("past_key_values"), next_sequence_length
-        if is_first_iteration and length is not None and cache is not None and cache.get_seq_length():
-            length += self.virtual_tokens()
-        return super().prepare_inputs_for_generation(  # type: ignore[misc]
-            input_ids, next_sequence_length=length, is_first_iteration=is_first_iteration, **kwargs
-        )
+        if length is not None and cache is not None:
+            by_embeds = inputs_embeds is not None and kwargs.get("is_first_iteration")
+            total = (inputs_embeds if by_embeds else input_ids).shape[1]  # type: ignore[union-attr]
+            cached = cache.get_seq_length()
+            if cached and total - length == cached:
+                length += self.adapter_state.prepended
+        given = {"next_sequence_length": length, "inputs_embeds": inputs_embeds}
+        kwargs.update((name, value) for name, value in given.items() if value is not None)
+        return super().prepare_inputs_for_generation(input_ids, *args, **kwargs)  # type: ignore[misc]
+
+    def _prefill(self, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], **how: Any) -> Any:
+        cache, n = model_kwargs.get("past_key_values"), self.adapter_state.prepended
+        cached = 0 if cache is None else cache.get_seq_length()
+        if n and cached:
+            # Going on from a cache, transformers cuts chunks by its length; and it takes as many tokens too many from an
+            # assistant's as there are virtual ones, which may be some of these.
+            generation_config = copy.copy(generation_config)
+            generation_config.prefill_chunk_size = None
+            if generation_config.is_assistant and cached <= n:
+                cache.reset()
+        return super()._prefill(input_ids, generation_config, model_kwargs, **how)  # type: ignore[misc]
 
     def _prepare_static_cache(self, *args: Any, max_cache_len: int, **kwargs: Any) -> Any:
         parent: Any = super()
-        return parent._prepare_static_cache(*args, max_cache_len=max_cache_len + self.virtual_tokens(), **kwargs)
+        return parent._prepare_static_cache(*args, max_cache_len=max_cache_len + self.adapter_state.prepended, **kwargs)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from .. import attach, checkpoint
 from ..checkpoint import AdapterFile
 from ..config import AdapterConfig
 from ..files import Path
 from ..layer import adapted_layers
-from ..method import AdapterUnit
+from ..method import METHODS, AdapterUnit
 from ..planning import Plan, make_plan
 
 if TYPE_CHECKING:
@@ -35,7 +37,27 @@ def hotswap(model: AdapterVerbs, name: str, path: Path, strict: bool = True, **h
     Raises:
         AdapterFileError: the files are missing, damaged or do not fit; the model is unchanged.
     """
-    read = checkpoint.read_adapter(model, path, strict=strict, **hub)
+    return _swap(model, name, checkpoint.read_adapter(model, path, strict=strict, **hub))
+
+
+def set_values(model: AdapterVerbs, name: str, tensors: Mapping[str, Tensor]) -> None:
+    """Give the adapter called `name` the values of `tensors`, by their keys in a file.
+
+    A prompt that something makes (P-tuning, a prefix with its MLP) is finished in a file, and so from then on here.
+
+    Raises:
+        AdapterFileError: keys are missing, extra or misshapen; the model is unchanged.
+    """
+    config = model.peft_config[name]
+    if METHODS[config.peft_type].has_own_keys:
+        _swap(model, name, checkpoint.fitted(model, config, dict(tensors), "of these values"))
+        return
+    checkpoint.check_values(model, name, tensors)
+    checkpoint.fill_adapter(model, name, tensors)
+
+
+def _swap(model: AdapterVerbs, name: str, read: AdapterFile) -> bool:
+    """Give the adapter called `name` what was read, in place where it fits; whether it did."""
     old, new = model.peft_config[name], read.plan.config
     units = _units(model, name)
     values = {row.path: read.values_of(row) for row in read.plan.layers if row.source is None}

@@ -70,7 +70,7 @@ class FileVerbs(AdapterVerbs):
         """One adapter's tensors under their keys in a file, without the leading `base_model.model.`."""
         name = self.active_adapter if adapter_name is None else adapter_name
         self.check_names([name])
-        tensors = checkpoint.adapter_state_dict(self, name, state_dict)
+        tensors = checkpoint.as_in_file(self, name, state_dict)
         return {key.removeprefix(checkpoint.KEY_PREFIX): tensor for key, tensor in tensors.items()}
 
 

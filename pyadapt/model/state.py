@@ -26,6 +26,7 @@ class AdapterState:
         merged: names of the adapters that are folded into the base weights.
         trained_before: names of the base parameters that required gradients before wrapping.
         arguments: further arguments of a call that the methods of active adapters take -> the units they are given to.
+        prepended: how many virtual tokens the adapters at work put before each sequence that the model decodes.
         penalised: (method, configuration, units) of each adapter at work that adds a term to the loss.
     """
 
@@ -34,6 +35,7 @@ class AdapterState:
     merged: tuple[str, ...] = ()
     trained_before: frozenset[str] = frozenset()
     arguments: dict[str, tuple[AdapterUnit, ...]] = field(default_factory=dict)
+    prepended: int = 0
     penalised: tuple[tuple[type[LayerMethod], Any, tuple[AdapterUnit, ...]], ...] = ()
 
 
@@ -82,10 +84,11 @@ class WithAdapters(nn.Module):
             for name in (state.active if state.enabled and not state.merged else ())
             if METHODS[(config := self.peft_config[name]).peft_type].has_penalty and not config.inference_mode
         )
-
+        enabled = state.active if state.enabled else ()
+        state.prepended = sum(unit.prepended for name in enabled for unit in self.units_of(name))
         state.arguments = {
             argument: tuple(self.units_of(name))
-            for name in (state.active if state.enabled else ())
+            for name in enabled
             for argument in METHODS[self.peft_config[name].peft_type].call_arguments
         }
 

@@ -29,7 +29,8 @@ class LayerStatus:
         enabled: whether adapters are.
         active_adapters: names of the adapters that are at work in it.
         merged_adapters: names of those that are folded into its weight.
-        requires_grad: adapter -> whether its parameters there are trained, or "irregular".
+        requires_grad: adapter -> whether its parameters there are trained, or "irregular"; without those that have none
+            there, as what moves positions on has none.
         available_adapters: names of all that it has, sorted.
         devices: adapter -> device types of its parameters there.
         quantization_backend: kind of the frozen weight where it is quantised, else None.
@@ -87,7 +88,11 @@ def layer_status(model: Reports) -> list[LayerStatus]:
                 enabled=state.enabled,
                 active_adapters=[name for name in state.active if name in entries],
                 merged_adapters=[name for name in state.merged if name in entries],
-                requires_grad={name: _all_or_none(unit.parameters()) for name, unit in entries.items()},
+                requires_grad={
+                    name: _same([parameter.requires_grad for parameter in parameters])
+                    for name, unit in entries.items()
+                    if (parameters := list(unit.parameters()))
+                },
                 available_adapters=sorted(entries),
                 devices={name: sorted({p.device.type for p in unit.parameters()}) for name, unit in entries.items()},
                 quantization_backend=base.name if base is not None and base.quantized else None,
@@ -129,10 +134,6 @@ def _carriers(model: nn.Module) -> Iterable[tuple[str, nn.Module, LiveDict]]:
 
 def _kinds(entries: LiveDict) -> str:
     return ", ".join(dict.fromkeys(type(unit).__name__ for unit in entries.values()))
-
-
-def _all_or_none(parameters: Iterable[nn.Parameter]) -> bool | Literal["irregular"]:
-    return _same([parameter.requires_grad for parameter in parameters])
 
 
 def _same(values: Sequence[Any]) -> Any:

@@ -31,19 +31,18 @@ class AdaptionPrompt(LayerMethod):
         return attention_of(layer)
 
     @staticmethod
-    def places(config: Any, model: nn.Module) -> tuple[Any, list[str], dict[str, str]]:
+    def places(config: Any, model: nn.Module) -> tuple[Any, list[str]]:
         """See `LayerMethod.places`: the top `adapter_layers` self-attentions of the decoder."""
         for option in ("adapter_len", "adapter_layers"):
             if getattr(config, option) is None:
                 raise ValueError(f"AdaptionPromptConfig needs {option}")
         inside = decoder_of(model) or ""
-        found = [(f"{inside}.{path}".strip("."), layer) for path, layer in self_attentions(model.get_submodule(inside))]
+        found = self_attentions(model.get_submodule(inside), inside)
         decoding = []
         for path, layer in found:
             kind = attention_of(layer)
             assert kind is not None
             if kind.is_causal(layer):
-                kind.check(layer)
                 decoding.append(path)
         if not decoding:
             raise ValueError(
@@ -51,10 +50,24 @@ class AdaptionPrompt(LayerMethod):
             )
         names = sorted({path.rpartition(".")[2] for path in decoding})
         wanted = config.target_modules or names[0]
+        if not isinstance(wanted, str):
+            raise ValueError(f"target_modules={wanted!r}: one name is needed, that of the attentions: {names}")
         chosen = [path for path in decoding if matches([wanted], path)]
         if not chosen:
             raise ValueError(f"target_modules={wanted!r} is no attention of this model; those are called {names}")
         if config.adapter_layers > len(chosen):
             raise ValueError(f"adapter_layers={config.adapter_layers}: the model has {len(chosen)} such layers")
         saved = modules_to_save(config, model) or None
-        return config.replaced(target_modules=wanted, modules_to_save=saved), chosen[-config.adapter_layers :], {}
+        return config.replaced(target_modules=wanted, modules_to_save=saved), chosen[-config.adapter_layers :]
+
+    @staticmethod
+    def check(config: Any, model: nn.Module, paths: list[str]) -> None:
+        """See `LayerMethod.check`: units have to be led through the attentions as these are set up now."""
+        for path in paths:
+            layer = model.get_submodule(path)
+            kind = attention_of(layer)
+            assert kind is not None
+            try:
+                kind.check(layer)
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from None

@@ -16,7 +16,7 @@ class AdaptionPromptUnit(AttentionUnit):
 
         attention(Q, K, V) + gate softmax(Q K_p' scaling) V_p,    K_p, V_p = what the module makes of the prompt
 
-    The softmax is fp32. Keys of the prompt bear no positions. Source: Zhang et al. 2023 (LLaMA-Adapter).
+    The softmax is at least fp32. Keys of the prompt bear no positions. Source: Zhang et al. 2023 (LLaMA-Adapter).
 
     Attributes:
         prompt: (1, adapter_len, d).
@@ -53,7 +53,8 @@ class AdaptionPromptUnit(AttentionUnit):
         groups = query.shape[1] // key.shape[1]
         key, value = (x.to(query.dtype).repeat_interleave(groups, dim=1) for x in (key, value))
         scores = torch.matmul(query, key.transpose(-1, -2)) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-        weights = self.gate * torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+        at_least = torch.promote_types(query.dtype, torch.float32)
+        weights = self.gate * torch.softmax(scores, dim=-1, dtype=at_least).to(query.dtype)
         return torch.matmul(weights.to(value.dtype), value).transpose(1, 2)
 
     def extra_repr(self) -> str:

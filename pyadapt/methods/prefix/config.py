@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from ...prompt_learning import PromptLearningConfig
@@ -16,16 +16,20 @@ class PrefixTuningConfig(PromptLearningConfig):
         init_weights: "zero" starts from keys and values that are zero; None from N(0, 1).
         encoder_hidden_size: hidden features of the MLP that makes the prefix; None takes `token_dim`.
         num_transformer_submodules: for an encoder-decoder 2, PEFT's layout, is the default: of the L blocks of keys and
-            values in a file, layer i of the decoder reads block 2 i mod L, so that with an even L two layers share each.
-            1 gives each layer a block of its own; PEFT cannot run that.
+            values in a file, layer i of the decoder reads block 2 i mod L, so that with an even L two layers share
+            each. 1 gives each layer a block of its own; PEFT cannot run that.
         prefix_projection: make the prefix by an MLP from embeddings of its tokens. Files hold what it made.
+        widths: features of each layer's keys and values; worked out for a model.
     """
 
     peft_type: ClassVar[str] = "PREFIX_TUNING"
 
+    runtime_keys: ClassVar[tuple[str, ...]] = (*PromptLearningConfig.runtime_keys, "widths")
+
     init_weights: str | None = None
     encoder_hidden_size: int | None = None
     prefix_projection: bool = False
+    widths: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         super().__post_init__()

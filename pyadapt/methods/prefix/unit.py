@@ -1,63 +1,71 @@
-"""The prefix of one attention: keys and values that its queries see before those of the text."""
+"""The units of prefix tuning: one holds what is trained, and hands each attention its keys and values."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...anatomy import AttentionCall, AttentionUnit, attention_of
-from ...anatomy.attention import AdaptedAttention, Core
+from ...anatomy import AttentionUnit
+from ...anatomy.attention import AdaptedAttention, AttentionCall, Core
+from ...layer import AdaptedLayer
+from ...method import AdapterUnit
+from ...prompt_learning import PROMPT_KEY
 
-# What the MLP that makes prefixes has in common for all layers, and what each has of its own.
-_SHARED = ("embedding", "hidden_weight", "hidden_bias")
-_OWN = ("output_weight", "output_bias")
 
+class PrefixUnit(AdapterUnit):
+    """The prefixes of all layers, side by side.
 
-class PrefixUnit(AttentionUnit):
-    """Attention over [K_p; K] and [V_p; V], with n keys and values of its own before those of the text.
-
-        K_p, V_p = the two halves of P                        plain, or finished
+        P                                                     plain, or finished
         P = tanh(E W1' + b1) W2' + b2                         prefix_projection
 
-    The text's positions count on from n, and a window that slides counts the prefix as tokens before the text; the
-    keys of the prefix bear no rotation (as in PEFT). Source: Li and Liang 2021; Liu et al. 2022 (P-Tuning v2).
+    It lies where the blocks are run, outside of them, so that what is trained is in one place whatever the blocks are
+    to an engine, and is read once a forward. Source: Li and Liang 2021; Liu et al. 2022 (P-Tuning v2).
 
     Attributes:
-        prefix: P, (n, 2 key/value heads D).
+        prefix: P, (n, sum of 2 key/value heads D).
         embedding: E, (n, token_dim).
-        hidden_weight, hidden_bias: W1 (hidden, token_dim), b1; with E, those of the first layer serve all.
-        output_weight, output_bias: W2 (2 key/value heads D, hidden), b2.
+        hidden_weight, hidden_bias: W1 (hidden, token_dim), b1.
+        output_weight, output_bias: W2 (features of P, hidden), b2.
     """
 
     file_keys: ClassVar[dict[str, str]] = {
-        "prefix": "prompt_embeddings",
-        **{name: f"prefix_projection.{name}" for name in (*_SHARED, *_OWN)},
+        "prefix": PROMPT_KEY,
+        "embedding": "prefix_encoder.embedding.weight",
+        "hidden_weight": "prefix_encoder.transform.0.weight",
+        "hidden_bias": "prefix_encoder.transform.0.bias",
+        "output_weight": "prefix_encoder.transform.2.weight",
+        "output_bias": "prefix_encoder.transform.2.bias",
     }
-    common: ClassVar[tuple[str, ...]] = _SHARED
-    writes_mirror: ClassVar[bool] = False
+    by_row: ClassVar[bool] = False
+    why_not_by_row: ClassVar[str] = "gives one prefix to the whole batch"
+    folds: ClassVar[bool] = False
     hidden_weight: nn.Parameter
     output_weight: nn.Parameter
 
-    def __init__(self, config: Any, path: str, base: Any, layer: Any, *rest: Any) -> None:
-        super().__init__(config, path, base, layer, *rest)
-        self.before = int(config.num_virtual_tokens)
-        self.heads = base.heads(layer)[0]
+    def __init__(self, config: Any, *rest: Any) -> None:
+        super().__init__(config, *rest)
+        self.widths, self.blocks = config.widths, config.blocks
+        self.readers: tuple[PrefixReader, ...] = ()
 
     @classmethod
     def shapes(cls, config: Any, path: str, base: Any, layer: Any) -> dict[str, tuple[int, ...]]:
         """See `AdapterUnit.shapes`."""
-        n, hidden = config.num_virtual_tokens, config.encoder_hidden_size
-        width = 2 * base.shape(layer)[0]
+        n, d, hidden, width = (
+            config.num_virtual_tokens,
+            config.token_dim,
+            config.encoder_hidden_size,
+            sum(config.widths),
+        )
         if config.finished or not config.prefix_projection:
             return {"prefix": (n, width)}
         return {
-            "embedding": (n, config.token_dim),
-            "hidden_weight": (hidden, config.token_dim),
+            "embedding": (n, d),
+            "hidden_weight": (hidden, d),
             "hidden_bias": (hidden,),
             "output_weight": (width, hidden),
             "output_bias": (width,),
@@ -69,24 +77,115 @@ class PrefixUnit(AttentionUnit):
             if attribute in ("prefix", "embedding"):
                 nn.init.normal_(value)
             else:
-                inputs = self.output_weight if attribute in _OWN else self.hidden_weight
-                nn.init.uniform_(value, -1 / math.sqrt(inputs.shape[1]), 1 / math.sqrt(inputs.shape[1]))
-            if config.init_weights == "zero" and attribute in ("prefix", *_OWN):
+                inputs = self.output_weight if attribute.startswith("output") else self.hidden_weight
+                bound = 1 / math.sqrt(inputs.shape[1])
+                nn.init.uniform_(value, -bound, bound)
+            if config.init_weights == "zero" and (attribute == "prefix" or attribute.startswith("output")):
                 nn.init.zeros_(value)
+
+    def join(self, units: Sequence[AdapterUnit]) -> None:
+        """See `AdapterUnit.join`."""
+        self.readers = tuple(unit for unit in units if isinstance(unit, PrefixReader))
 
     @staticmethod
     def made(weights: Mapping[str, Tensor]) -> Tensor:
-        """P, (n, 2 key/value heads D), from the parameters of a unit."""
+        """P from the parameters of a unit."""
         if "prefix" in weights:
             return weights["prefix"]
         hidden = torch.tanh(F.linear(weights["embedding"], weights["hidden_weight"], weights["hidden_bias"]))
         return F.linear(hidden, weights["output_weight"], weights["output_bias"])
 
+    @staticmethod
+    def run(units: Sequence[nn.Module], owner: AdaptedLayer, *args: Any, **kwargs: Any) -> Any:
+        """See `AdapterUnit.run`: the prefixes are at hand while the blocks run."""
+        for unit in units:
+            unit.hand_out(unit(owner))  # type: ignore[operator]
+        return owner.frozen(*args, **kwargs)
+
+    def forward(self, owner: AdaptedLayer) -> Tensor:  # type: ignore[override]
+        """P, as a copy: engines take back the memory of a parameter after this call."""
+        return self.made(dict(self.named_parameters(recurse=False))).clone()
+
+    def hand_out(self, prefixes: Tensor) -> None:
+        """Give each attention its keys and values of P, (1, heads, n, D) each."""
+        blocks = prefixes.split(self.widths, dim=1)
+        for reader, block in zip(self.readers, self.blocks, strict=True):
+            reader.handed.pair = blocks[block].unflatten(1, (2, reader.heads, -1)).permute(1, 2, 0, 3).unsqueeze(1)
+            reader.handed.once = "prefix" not in self._parameters
+
+    @classmethod
+    def check_together(cls, units: Mapping[str, AdapterUnit]) -> None:
+        """See `AdapterUnit.check_together`: which of two prefixes comes first is not defined."""
+        prefixes = [name for name, unit in units.items() if isinstance(unit, PrefixUnit)]
+        if len(prefixes) > 1:
+            raise ValueError(f"adapters {' and '.join(map(repr, prefixes))} each put a prefix before the text")
+
+    def fold(self, matrix: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """See `AdapterUnit.fold`."""
+        raise RuntimeError("a prefix is no change of a weight")
+
+    def extra_repr(self) -> str:
+        """The number of layers, for `print(model)`."""
+        return f"layers={len(self.readers)}"
+
+
+class Handed:
+    """What one unit hands another for the length of a forward and its backward; a copy of a model has none yet.
+
+    Attributes:
+        pair: (2, 1, heads, n, D), keys and values; None before the first forward.
+        once: whether a backward through it can be done once only.
+    """
+
+    pair: Tensor | None = None
+    once: bool = False
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Handed:
+        return Handed()
+
+    def __reduce__(self) -> Any:
+        return Handed, ()
+
+
+class PrefixReader(AttentionUnit):
+    """Attention over [K_p; K] and [V_p; V], with n keys and values before those of the text.
+
+    The text's positions count on from n, and a window that slides counts the prefix as tokens before the text; the
+    keys of the prefix bear no rotation (as in PEFT).
+
+    Attributes:
+        before: n.
+        heads: of keys and values.
+        handed: by the `PrefixUnit`.
+    """
+
+    why_not_by_row: ClassVar[str] = PrefixUnit.why_not_by_row
+
+    def __init__(self, config: Any, path: str, base: Any, layer: Any, *rest: Any) -> None:
+        super().__init__(config, path, base, layer, *rest)
+        self.before = int(config.num_virtual_tokens)
+        self.heads = base.heads(layer)[0]
+        self.handed = Handed()
+
+    @classmethod
+    def shapes(cls, config: Any, path: str, base: Any, layer: Any) -> dict[str, tuple[int, ...]]:
+        """See `AdapterUnit.shapes`: it has none of its own."""
+        return {}
+
+    def initialize(self, config: Any, path: str, base: Any, layer: Any) -> None:
+        """See `AdapterUnit.initialize`: there is nothing to give values to."""
+
     def forward(self, owner: AdaptedAttention, core: Core, call: AttentionCall) -> tuple[Tensor, Any]:  # type: ignore[override]
-        """See `AttentionUnit.forward`."""
-        prefix = self.made(dict(self.named_parameters(recurse=False))).to(call.key.dtype)
-        # (n, 2 heads D) -> 2 x (1, heads, n, D)
-        key, value = prefix.unflatten(1, (2, self.heads, -1)).permute(1, 2, 0, 3).unsqueeze(1)
+        """See `AttentionUnit.forward`.
+
+        Raises:
+            RuntimeError: this attention is called by itself; or, with `prefix_projection`, under checkpointing that
+                goes backward through each block apart, of which only the first could reach what is trained.
+        """
+        pair = self.handed.pair
+        if pair is None:
+            raise RuntimeError("a prefix is made where the blocks are run: call the model, not one of its blocks")
+        key, value = pair.to(call.key.dtype)
         rows = call.key.shape[0]
         return core(
             call.changed(
@@ -134,9 +233,3 @@ class PrefixUnit(AttentionUnit):
     def extra_repr(self) -> str:
         """The length, for `print(model)`."""
         return f"virtual_tokens={self.before}"
-
-
-def widths(model: nn.Module, paths: list[str]) -> list[int]:
-    """Features that each of the attentions at `paths` has in a finished prefix."""
-    kinds = [(attention_of(layer), layer) for layer in map(model.get_submodule, paths)]
-    return [2 * kind.shape(layer)[0] for kind, layer in kinds if kind is not None]

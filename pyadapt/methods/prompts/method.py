@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ...anatomy import Stack, attention_of, encoder_and_decoder, self_attentions, token_stack
+from ...anatomy import Stack, attention_of, encoder_and_decoder, position_modules, self_attentions, token_stack
 from ...anatomy.stack import embedding_of
 from ...base import Host
 from ...config import TaskType
-from ...prompt_learning import PROMPT_KEY, PromptMethod
+from ...prompt_learning import PromptMethod, check_length
 from .unit import ALONE, DECODER, ENCODER
 
 
@@ -24,7 +24,7 @@ class InputPromptMethod(PromptMethod):
         return Stack if Stack.accepts(layer) else None
 
     @staticmethod
-    def places(config: Any, model: nn.Module) -> tuple[Any, list[str], dict[str, str]]:
+    def places(config: Any, model: nn.Module) -> tuple[Any, list[str]]:
         """See `LayerMethod.places`: the stack, or an encoder and the decoder behind it."""
         config = config.with_saved(model)
         pair = encoder_and_decoder(model)
@@ -46,8 +46,8 @@ class InputPromptMethod(PromptMethod):
             parts=parts,
             first_stands=config.task_type == TaskType.SEQ_CLS and pair is None and not _is_causal(attentions),
         )
-        _check_length(config, model, first)
-        return config, list(parts), {}
+        check_length(config, position_modules(first))
+        return config, list(parts)
 
     @classmethod
     def parted(cls, model: nn.Module, config: Any, tensors: Mapping[str, Tensor]) -> dict[tuple[str, str], Tensor]:
@@ -69,18 +69,3 @@ def _submodules(config: Any, both: bool) -> int:
 def _is_causal(attentions: list[tuple[str, nn.Module]]) -> bool:
     kinds = [(attention_of(module), module) for _, module in attentions]
     return any(kind is not None and kind.is_causal(module) for kind, module in kinds)
-
-
-def _check_length(config: Any, model: nn.Module, stack: nn.Module) -> None:
-    from ...anatomy import Positions, position_modules
-
-    for path, module in position_modules(stack):
-        count = Positions.count(module)
-        if count is not None and config.num_virtual_tokens >= count:
-            raise ValueError(
-                f"num_virtual_tokens={config.num_virtual_tokens}: a prompt of this length leaves no positions for the "
-                f"text ({path} has {count})"
-            )
-
-
-__all__ = ["PROMPT_KEY", "InputPromptMethod", "total_tokens"]

@@ -21,7 +21,7 @@ from .config import MultitaskPromptTuningConfig, MultitaskPromptTuningInit
 from .method import InputPromptMethod, total_tokens
 from .prompt_tuning import start_values
 from .starts import source_tensors
-from .unit import InputPrompt
+from .unit import DECODER, InputPrompt
 
 COLUMNS, ROWS = "prefix_task_cols", "prefix_task_rows"
 
@@ -37,7 +37,6 @@ class MultitaskPromptUnit(InputPrompt):
 
     file_keys: ClassVar[dict[str, str]] = {"embeddings": PROMPT_KEY, "columns": COLUMNS, "rows": ROWS}
     prompts_decoder: ClassVar[bool] = True
-    common: ClassVar[tuple[str, ...]] = tuple(file_keys)
     embeddings: nn.Parameter
     columns: nn.Parameter
     rows: nn.Parameter
@@ -51,6 +50,17 @@ class MultitaskPromptUnit(InputPrompt):
             "columns": (tasks, total, rank),
             "rows": (tasks, rank, config.token_dim),
         }
+
+    @classmethod
+    def shapes(cls, config: Any, path: str, base: Any, layer: Any) -> dict[str, tuple[int, ...]]:
+        """See `AdapterUnit.shapes`; a decoder's unit shares those of the encoder's."""
+        return {} if config.parts[path] == DECODER else cls.prompt_shapes(config)
+
+    def join(self, units: Sequence[AdapterUnit]) -> None:
+        """See `AdapterUnit.join`."""
+        if self.has_prompt and self is not units[0]:
+            for name, parameter in units[0].named_parameters(recurse=False):
+                self.register_parameter(name, parameter)
 
     def initialize(self, config: Any, path: str, base: Any, layer: Any) -> None:
         """P from N(0, 1), U and V from N(0, 0.02^2); other starts come from `MultitaskPromptTuning.prepare`."""
