@@ -1,5 +1,7 @@
 # make quickstart   fine-tune a real pretrained model in int8 with LoRA, and export it (about a minute)
 # make test         run the tests
+# make test-all     the same: the matrix of methods, models and tasks is short enough to be run whole each time
+# make models       run that matrix, and write docs/models.md from it
 # make check        ruff and mypy
 # make bench        the layer benchmark
 # make gpu-check    on a machine with a GPU, which needs no network: build for it, test, measure (ARGS="tests": one part)
@@ -16,13 +18,18 @@ export HF_HUB_OFFLINE = 1
 # What the extension and the metadata are built from: a change installs again.
 SOURCES := pyproject.toml constraints.txt tests/cuda-requirements.txt CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: quickstart test check bench gpu-check clean
+.PHONY: quickstart test test-all models check bench gpu-check clean
 
 quickstart: $(VENV)/.quickstart
 	$(BIN)/pyadapt quickstart $(ARGS)
 
 test: check
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
+
+test-all: test
+
+models: $(VENV)/.test
+	$(BIN)/python tests/matrix_page.py
 
 check: $(VENV)/.test
 	$(BIN)/ruff check .

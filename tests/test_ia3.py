@@ -9,7 +9,7 @@ import peft
 import pytest
 import torch
 from ia3_cases import assert_gradients_equal, options_of, pair, quietly, train, twin_of, wrapped
-from models import ALL, FAMILIES, assert_near, build, model_batch, plain_module, snapshot
+from models import ALL, FAMILIES, assert_near, build, diffusion, model_batch, plain_module, snapshot
 from peft.utils import constants
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -104,6 +104,13 @@ def test_by_structure_with_names_that_mean_more(caplog):
     config = pyadapt.plan(nn.Sequential(Block(), Block()), IA3Config()).config
     assert config.target_modules == ["attention.out", "attention.qkv", "ff.2"]
     assert config.feedforward_modules == ["ff.2"]
+
+
+def test_by_structure_where_a_list_of_whole_blocks_is_called_attentions():
+    """diffusers' name; only what its feed-forward modules are in is no attention."""
+    config = pyadapt.plan(diffusion.unet(), IA3Config()).config
+    assert config.target_modules == ["net.2", "to_k", "to_v"]
+    assert config.feedforward_modules == ["net.2"]
 
 
 def test_nothing_to_choose_by_structure():
