@@ -76,6 +76,8 @@ class AdapterUnit(nn.Module, abc.ABC):
     prepended: int = 0
     # Values of the arguments in `LayerMethod.call_arguments`, set for the length of a call of the model.
     call_arguments: Mapping[str, Any] = MappingProxyType({})
+    # Whether that call may have made several rows of each of the batch's since, as a beam search does.
+    call_repeats: bool = False
     # Whether the adapter started as the answer to what quantising took from W, so that it belongs to the quantised W.
     fits_quantization: bool = False
     # Path of the layer whose unit owns the parameters of this one, where the weights of the two layers are tied.

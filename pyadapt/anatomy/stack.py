@@ -88,7 +88,7 @@ def path_of(model: nn.Module, part: nn.Module) -> str:
 def _checked(model: nn.Module, part: Any) -> str:
     if not Stack.accepts(part):
         raise ValueError(
-            f"the {type(part).__name__} of this {type(model).__name__} takes no vectors in the place of token ids, so a "
-            "prompt has nowhere to go"
+            f"the {type(part).__name__} of this {type(model).__name__} takes no vectors in the place of token ids, "
+            "so a prompt has nowhere to go"
         )
     return path_of(model, part)

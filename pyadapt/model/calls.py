@@ -38,19 +38,26 @@ class Calls(WithAdapters):
             return super().__call__(*args, **kwargs)
 
     @contextlib.contextmanager
-    def with_call_arguments(self, kwargs: dict[str, Any]) -> Iterator[None]:
-        """Inside the block, the active adapters have those of `kwargs` that are for them, which are taken out."""
+    def with_call_arguments(self, kwargs: dict[str, Any], repeats: bool = False) -> Iterator[None]:
+        """Inside the block, the active adapters have those of `kwargs` that are for them, which are taken out.
+
+        Args:
+            kwargs: the arguments of a call.
+            repeats: whether the call may make several rows of each of the batch's.
+        """
         wanted = self.adapter_state.arguments
         # Where the model is called within `generate`, that has been given them.
         given = {name: kwargs.pop(name) for name in wanted if name in kwargs}
         units = {unit for name in given for unit in wanted[name]}
         for unit in units:
             unit.call_arguments = {name: value for name, value in given.items() if unit in wanted[name]}
+            unit.call_repeats = repeats
         try:
             yield
         finally:
             for unit in units:
-                del unit.call_arguments
+                # Set, not deleted: torch.compile would delete what it never saw set.
+                unit.call_arguments, unit.call_repeats = {}, False
 
     def mixed(
         self, names: Sequence[str], args: Sequence[Any], kwargs: dict[str, Any]

@@ -22,7 +22,7 @@ class Generation(Calls):
     def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """The model's own `generate`; `adapter_names` as in `AdaptedModel.__call__`, one for each row of the input."""
         if any(name in kwargs for name in self.adapter_state.arguments):
-            with self.with_call_arguments(kwargs):
+            with self.with_call_arguments(kwargs, repeats=True):
                 return self.generate(*args, adapter_names=adapter_names, **kwargs)
         generate = super().generate  # type: ignore[misc]
         if adapter_names is None:
@@ -42,7 +42,7 @@ class Generation(Calls):
         n = self.adapter_state.prepended
         make: Any = getattr(super(), "create_masks_for_generate", None)
         if n and (attention_mask is None or attention_mask.dim() == 2):
-            # A model that keeps the two dimensions (BLOOM) makes the mask as long as the cache, virtual tokens included.
+            # A model that keeps the two dimensions (BLOOM) makes it as long as the cache, virtual tokens included.
             made = None if make is None else make(*args, **{**kwargs, "attention_mask": attention_mask})
             return made[:, :-n] if isinstance(made, Tensor) and made.dim() == 2 else attention_mask
         if make is None:
@@ -75,11 +75,11 @@ class Generation(Calls):
         return super().prepare_inputs_for_generation(input_ids, *args, **kwargs)  # type: ignore[misc]
 
     def _prefill(self, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], **how: Any) -> Any:
-        cache, n = model_kwargs.get("past_key_values"), self.adapter_state.prepended
-        cached = 0 if cache is None else cache.get_seq_length()
+        cache: Any = model_kwargs.get("past_key_values")
+        cached, n = 0 if cache is None else cache.get_seq_length(), self.adapter_state.prepended
         if n and cached:
-            # Going on from a cache, transformers cuts chunks by its length; and it takes as many tokens too many from an
-            # assistant's as there are virtual ones, which may be some of these.
+            # Going on from a cache, transformers cuts chunks by its length. From an assistant's it takes as many
+            # tokens too many as there are virtual ones, which may be some of these.
             generation_config = copy.copy(generation_config)
             generation_config.prefill_chunk_size = None
             if generation_config.is_assistant and cached <= n:

@@ -74,8 +74,8 @@ def without_prompt(outputs: Any, n: int, keep_first: bool) -> Any:
         if not isinstance(value, Tensor) or value.dim() not in (3, 4) or value.shape[-2] != length:
             return value
         kept = value[..., n:, :]
-        # A view of the middle is copied behind, or multiplied row by row: torch chooses by what is trained there, so that
-        # a frozen head would round otherwise than the same one in training.
+        # A view of the middle is copied behind, or multiplied row by row: torch chooses by what is trained there, so
+        # that a frozen head would round otherwise than the same one in training.
         return torch.cat([value[..., :1, :], kept[..., 1:, :]], dim=-2) if keep_first else kept.contiguous()
 
     if isinstance(outputs, tuple):

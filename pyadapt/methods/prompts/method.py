@@ -35,6 +35,8 @@ class InputPromptMethod(PromptMethod):
             raise ValueError(
                 f"token_dim={config.token_dim}: embeddings of this {type(model).__name__} have {width} features"
             )
+        if config.num_transformer_submodules == 2 and pair is None:
+            raise ValueError(f"num_transformer_submodules=2: this {type(model).__name__} is no encoder with a decoder")
         settings: Any = getattr(first, "config", None)
         attentions = self_attentions(first)
         config = config.replaced(

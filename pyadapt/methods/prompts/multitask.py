@@ -41,6 +41,11 @@ class MultitaskPromptUnit(InputPrompt):
     columns: nn.Parameter
     rows: nn.Parameter
 
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        # As between calls, so that the first one finds what later ones do: torch.compile guards on it.
+        self.call_arguments, self.call_repeats = {}, False
+
     @classmethod
     def prompt_shapes(cls, config: Any) -> dict[str, tuple[int, ...]]:
         """See `InputPrompt.prompt_shapes`."""
@@ -62,6 +67,10 @@ class MultitaskPromptUnit(InputPrompt):
             for name, parameter in units[0].named_parameters(recurse=False):
                 self.register_parameter(name, parameter)
 
+    def by_file_key(self) -> dict[str, nn.Parameter]:
+        """See `AdapterUnit.by_file_key`; those that a decoder's unit shares are the encoder's."""
+        return {} if self.part == DECODER else super().by_file_key()
+
     def initialize(self, config: Any, path: str, base: Any, layer: Any) -> None:
         """P from N(0, 1), U and V from N(0, 0.02^2); other starts come from `MultitaskPromptTuning.prepare`."""
         for name, parameter in self.named_parameters(recurse=False):
@@ -78,11 +87,14 @@ class MultitaskPromptUnit(InputPrompt):
         if ids is None:
             raise ValueError("multitask prompt tuning needs task_ids: the task of each row, model(..., task_ids=...)")
         ids = torch.as_tensor(ids, device=self.columns.device)
-        if ids.dim() != 1 or rows % max(ids.shape[0], 1) or ids.is_floating_point():
+        # One for all, as in PEFT, or one a row.
+        fits = ids.dim() == 1 and ids.shape[0] in (1, rows) and rows > 0
+        # A beam search makes several rows of one.
+        fits = fits or (self.call_repeats and ids.dim() == 1 and ids.shape[0] > 0 and rows % ids.shape[0] == 0)
+        if not fits or ids.is_floating_point():
             raise ValueError(f"task_ids of shape {tuple(ids.shape)} for {rows} rows: one whole number a row is needed")
         if not torch.compiler.is_compiling() and (int(ids.min()) < 0 or int(ids.max()) >= tasks):
             raise ValueError(f"task_ids={ids.tolist()}: the adapter has tasks 0 to {tasks - 1}")
-        # A beam search makes several rows of one.
         ids = ids.repeat_interleave(rows // ids.shape[0])
         return self.embeddings * (self.columns[ids] @ self.rows[ids])
 
@@ -132,10 +144,15 @@ def _from_source(config: Any) -> dict[str, Tensor]:
         return values
     if config.num_tasks != 1:
         raise ValueError(
-            f"num_tasks={config.num_tasks}: {config.prompt_tuning_init.value} makes one target task of the source tasks; "
-            "leave the option at 1"
+            f"num_tasks={config.num_tasks}: {config.prompt_tuning_init.value} makes one target task of the source "
+            "tasks; leave the option at 1"
         )
     task, tasks = config.prompt_tuning_init_task or 0, source[COLUMNS].shape[0]
+    if source[ROWS].shape[0] != tasks:
+        raise ValueError(
+            f"prompt_tuning_init_state_dict_path={config.prompt_tuning_init_state_dict_path!r}: {COLUMNS} has {tasks} "
+            f"tasks, {ROWS} has {source[ROWS].shape[0]}"
+        )
     if config.prompt_tuning_init == kinds.EXACT_SOURCE_TASK and not 0 <= task < tasks:
         raise ValueError(f"prompt_tuning_init_task={task}: the source has tasks 0 to {tasks - 1}")
     for name, key in (("columns", COLUMNS), ("rows", ROWS)):

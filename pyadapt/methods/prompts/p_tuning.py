@@ -58,7 +58,7 @@ class PromptEncoderUnit(InputPrompt):
             return {"finished": (rows, d)}
         if config.encoder_reparameterization_type != LSTM:
             return {"embeddings": (rows, d), **_products(d, hidden, hidden, d)}
-        lstm = {}
+        lstm: dict[str, tuple[int, ...]] = {}
         for layer in range(config.encoder_num_layers):
             for end in (f"l{layer}", f"l{layer}_reverse"):
                 lstm[f"lstm_weight_ih_{end}"] = (4 * hidden, d if layer == 0 else 2 * hidden)

@@ -22,16 +22,16 @@ def from_text(config: Any, stack: nn.Module, rows: int) -> Tensor:
     ids = _tokens(config)
     if len(ids) < config.num_virtual_tokens:
         raise ValueError(
-            f"num_virtual_tokens={config.num_virtual_tokens}, but prompt_tuning_init_text has {len(ids)} tokens: give a "
-            f"longer text, or num_virtual_tokens={len(ids)}"
+            f"num_virtual_tokens={config.num_virtual_tokens}, but prompt_tuning_init_text has {len(ids)} tokens: give "
+            f"a longer text, or num_virtual_tokens={len(ids)}"
         )
     table = embedding_of(stack)
-    if max(ids) >= table.num_embeddings:
+    wanted = torch.tensor(ids).repeat(-(-rows // len(ids)))[:rows]
+    if int(wanted.max()) >= table.num_embeddings:
         raise ValueError(
-            f"the tokenizer {config.tokenizer_name_or_path!r} gives token {max(ids)}, and the model has "
+            f"the tokenizer {config.tokenizer_name_or_path!r} gives token {int(wanted.max())}, and the model has "
             f"{table.num_embeddings}: it is another model's"
         )
-    wanted = torch.tensor(ids).repeat(-(-rows // len(ids)))[:rows]
     return _looked_up(table, wanted)
 
 
@@ -60,8 +60,8 @@ def source_tensors(path: str, shapes: dict[str, tuple[int, ...]]) -> dict[str, T
         same = found is not None and (found == shape if key == PROMPT_KEY else found[1:] == shape[1:])
         if not same:
             raise ValueError(
-                f"prompt_tuning_init_state_dict_path={path!r}: {key} is {'missing' if found is None else found}, wanted "
-                f"{shape if key == PROMPT_KEY else ('tasks', *shape[1:])}"
+                f"prompt_tuning_init_state_dict_path={path!r}: {key} is {'missing' if found is None else found}, "
+                f"wanted {shape if key == PROMPT_KEY else ('tasks', *shape[1:])}"
             )
     return tensors
 
