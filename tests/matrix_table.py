@@ -63,7 +63,7 @@ class Known:
 
 
 # Kinds of rows that read no text, and those with a decoder; and the one row that reads token ids alone.
-_NO_TEXT = ("speech", "vision", "diffusion", "plain")
+_NO_TEXT = ("vision", "diffusion", "plain")
 _DECODING = ("decoder", "encoder-decoder", "speech")
 _CLIP = "its text encoder"
 
@@ -98,7 +98,7 @@ PEFT_FAILS = [
     ),
     Known(
         "PEFT puts a prompt before the ids of a text, and calls the model with them.",
-        lambda row, method: method.name == "prefix tuning" and row.kind == "speech",
+        lambda row, method: (method.name == "prefix tuning" or method.name in _INPUT_PROMPTS) and row.kind == "speech",
     ),
     Known(
         "PEFT's prefix needs a model that takes past keys and values, and this one takes none.",

@@ -10,7 +10,7 @@ from . import bloom, deberta, gpt, t5  # noqa: F401 (each registers its kind)
 from .attention import AttentionCall, AttentionUnit, attention_of, self_attentions
 from .blocks import Blocks, blocks_of
 from .positions import Positions, PositionUnit, position_modules
-from .stack import Stack, decoder_of, encoder_and_decoder, token_stack
+from .stack import Stack, decoder_of, token_stacks
 
 __all__ = [
     "AttentionCall",
@@ -22,8 +22,7 @@ __all__ = [
     "attention_of",
     "blocks_of",
     "decoder_of",
-    "encoder_and_decoder",
     "position_modules",
     "self_attentions",
-    "token_stack",
+    "token_stacks",
 ]

@@ -50,27 +50,24 @@ def embedding_of(stack: Any) -> Any:
         return None
 
 
-def token_stack(model: Any) -> str:
-    """Path of the module of a decoder-only or encoder-only model that embeds tokens and runs the blocks.
+def token_stacks(model: Any) -> list[str]:
+    """Paths of the modules that embed tokens and run blocks: one; or an encoder, and the decoder that reads its states.
+
+    Of an encoder-decoder that hears or sees (Whisper), the decoder alone reads tokens.
 
     Raises:
         ValueError: the model reads something else than tokens.
     """
+    decoder = decoder_of(model)
+    if decoder is not None:
+        encoder = model.get_encoder()
+        readers = [path_of(model, encoder)] if Stack.accepts(encoder) else []
+        return [*readers, _checked(model, model.get_submodule(decoder))]
     part = getattr(model, "base_model", model)
     path = _checked(model, part)
     # A model around a decoder of its own (OPT) is passed by where a head is put on that.
     inner = [name for name, child in part.named_children() if Stack.accepts(child)]
-    return f"{path}.{inner[0]}".strip(".") if len(inner) == 1 else path
-
-
-def encoder_and_decoder(model: Any) -> tuple[str, str] | None:
-    """Paths of the encoder and the decoder of a sequence-to-sequence model; None for other models.
-
-    Raises:
-        ValueError: its encoder reads something else than tokens.
-    """
-    decoder = decoder_of(model)
-    return None if decoder is None else (_checked(model, model.get_encoder()), decoder)
+    return [f"{path}.{inner[0]}".strip(".") if len(inner) == 1 else path]
 
 
 def decoder_of(model: Any) -> str | None:

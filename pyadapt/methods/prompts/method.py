@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ...anatomy import Stack, attention_of, encoder_and_decoder, position_modules, self_attentions, token_stack
+from ...anatomy import Stack, attention_of, position_modules, self_attentions, token_stacks
 from ...anatomy.stack import embedding_of
 from ...base import Host
 from ...config import TaskType
@@ -25,31 +25,31 @@ class InputPromptMethod(PromptMethod):
 
     @staticmethod
     def places(config: Any, model: nn.Module) -> tuple[Any, list[str]]:
-        """See `LayerMethod.places`: the stack, or an encoder and the decoder behind it."""
+        """See `LayerMethod.places`: the stack that reads tokens, or an encoder and the decoder behind it."""
         config = config.with_saved(model)
-        pair = encoder_and_decoder(model)
-        parts = {token_stack(model): ALONE} if pair is None else {pair[0]: ENCODER, pair[1]: DECODER}
-        first = model.get_submodule(next(iter(parts)))
+        stacks = token_stacks(model)
+        alone = len(stacks) == 1
+        first = model.get_submodule(stacks[0])
         width = embedding_of(first).embedding_dim
         if config.token_dim not in (None, width):
             raise ValueError(
                 f"token_dim={config.token_dim}: embeddings of this {type(model).__name__} have {width} features"
             )
-        if config.num_transformer_submodules == 2 and pair is None:
+        if config.num_transformer_submodules == 2 and alone:
             raise ValueError(f"num_transformer_submodules=2: this {type(model).__name__} is no encoder with a decoder")
         settings: Any = getattr(first, "config", None)
         attentions = self_attentions(first)
         config = config.replaced(
             token_dim=width,
-            num_transformer_submodules=config.num_transformer_submodules or _submodules(config, pair is not None),
+            num_transformer_submodules=config.num_transformer_submodules or _submodules(config, not alone),
             num_layers=config.num_layers or len(attentions) or None,
             num_attention_heads=config.num_attention_heads or getattr(settings, "num_attention_heads", None),
             encoder_hidden_size=getattr(config, "encoder_hidden_size", None) or width,
-            parts=parts,
-            first_stands=config.task_type == TaskType.SEQ_CLS and pair is None and not _is_causal(attentions),
+            parts=dict(zip(stacks, (ALONE,) if alone else (ENCODER, DECODER), strict=True)),
+            first_stands=config.task_type == TaskType.SEQ_CLS and alone and not _is_causal(attentions),
         )
         check_length(config, position_modules(first))
-        return config, list(parts)
+        return config, stacks
 
     @classmethod
     def parted(cls, model: nn.Module, config: Any, tensors: Mapping[str, Tensor]) -> dict[tuple[str, str], Tensor]:
