@@ -68,14 +68,14 @@ def _swap(model: AdapterVerbs, name: str, read: AdapterFile) -> bool:
         _load_anew(model, name, read)
         return False
     checkpoint.fill_adapter(model, name, read.beside_units())
-    # Without a start of its own (PiSSA), an adapter's first values do nothing.
-    at_rest = old.replaced(init_lora_weights=True, init_weights=True)
     with torch.no_grad():
         for layer_path, unit in units.items():
             if layer_path in values:
                 unit.take(values[layer_path], new, layer_path)
             else:
                 layer: Any = model.get_submodule(layer_path)
+                # Without a start of its own (PiSSA), an adapter's first values do nothing.
+                at_rest = old.replaced(init_lora_weights=True, init_weights=True)
                 unit.initialize(at_rest, layer_path, layer.base, layer)
     return True
 
