@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, cast
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, cast
 
 from torch import Tensor, nn
 
@@ -72,6 +72,8 @@ class AdaptedLayer(nn.Module):
     unmerged: dict[str, Any] | None
     # The attribute that answers as `bias` while a trained copy does (see `biases`).
     live_bias: str | None = None
+    # Further attributes that a layer has while it carries adapters, with their first values.
+    further: ClassVar[Mapping[str, Any]] = {}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The layer's own forward with its live adapters in it."""
@@ -106,11 +108,15 @@ def add_unit(layer: nn.Module, base: type[Host], name: str, unit: AdapterUnit) -
         layer = cast(AdaptedLayer, adopt(layer, base.mixin or AdaptedLayer))
         layer.adapters = LiveDict().train(layer.training)
         layer.base, layer.unmerged = base, None
+        for attribute, value in layer.further.items():
+            setattr(layer, attribute, value)
     layer.adapters[name] = unit
 
 
 def restore_layer(layer: AdaptedLayer) -> None:
     """Make an adapted layer what it was before; its weight stays as it is now."""
+    for name in layer.further:
+        delattr(layer, name)
     release(layer, AdaptedLayer)
     del layer.adapters, layer.base, layer.unmerged
 

@@ -284,6 +284,8 @@ class LayerMethod:
     # Whether the tensors of a file have other keys than a unit's path and attribute, so that values in memory are to be
     # read and given as those of files are; see `read` and `as_saved`.
     has_own_keys: ClassVar[bool] = False
+    # Whether units put positions before the text (see `AdapterUnit.prepended`).
+    prepends: ClassVar[bool] = False
     # Further arguments of a call of the model, which the units are given (see `AdapterUnit.call_arguments`).
     call_arguments: ClassVar[tuple[str, ...]] = ()
 

@@ -78,7 +78,7 @@ REFUSED = [
         lambda row, method: method.name in _INPUT_PROMPTS and (row.kind in _NO_TEXT or row.name == _CLIP),
     ),
     Known(
-        "LLaMA-Adapter is for decoders: no self-attention of this {model} looks back alone",
+        "LLaMA-Adapter is for decoders: no self-attention of this {model} says that it looks back alone",
         lambda row, method: method.name == "LLaMA-Adapter" and row.kind not in _DECODING,
     ),
 ]

@@ -131,7 +131,8 @@ class AdaptedAttention(AdaptedLayer):
         at_work: set for the length of a call with units.
     """
 
-    at_work: Work | None = None
+    further: ClassVar[Mapping[str, Any]] = {"at_work": None}
+    at_work: Work | None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Dynamic classes are made when a module is adopted or unpickled, so that transformers is there by then."""
@@ -143,6 +144,8 @@ class AdaptedAttention(AdaptedLayer):
     @property
     def config(self) -> Any:
         """The module's configuration, with another name of the attention function while units are at work."""
+        if "config" not in self.__dict__:
+            raise AttributeError(f"{type(self).__name__} has no configuration")
         own = self.__dict__["config"]
         return own if self.at_work is None else RoutedConfig(own)
 
@@ -197,11 +200,7 @@ class AdaptedAttention(AdaptedLayer):
         try:
             return self.frozen(*args, **kwargs)
         finally:
-            if outer is None:
-                # Nothing stays on the module when it is unwrapped.
-                del self.at_work
-            else:
-                self.at_work = outer
+            self.at_work = outer
 
     def _seen(self, kwargs: Mapping[str, Any]) -> Any:
         cache = next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)

@@ -26,7 +26,7 @@ class Positions(Host):
     @staticmethod
     def accepts(layer: Any) -> bool:
         """See `Host.accepts`."""
-        return isinstance(layer, nn.Embedding) or _is_rotary(layer)
+        return isinstance(layer, nn.Embedding) or _is_rotary(layer) or _is_made(layer)
 
     @staticmethod
     def shape(layer: Any) -> tuple[int, int]:
@@ -48,7 +48,9 @@ class Positions(Host):
     def count(layer: Any) -> int | None:
         """How many positions there are, or None where they do not end with the module."""
         if isinstance(layer, nn.Embedding):
-            return layer.num_embeddings - int(getattr(layer, "offset", 0))
+            # RoBERTa's begin behind the position of padding.
+            padding = 0 if layer.padding_idx is None else layer.padding_idx + 1
+            return layer.num_embeddings - int(getattr(layer, "offset", padding))
         return getattr(getattr(layer, "config", None), "max_position_embeddings", None)
 
 
@@ -83,11 +85,11 @@ class PositionUnit(AdapterUnit):
     def forward(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], owner: AdaptedLayer) -> Any:  # type: ignore[override]
         """The arguments of the host's forward, moved on."""
         given = {**dict(zip(self.names, args, strict=False)), **kwargs}
-        # A plain table's one argument is the positions; the others are told them beside what they are for.
-        key = "position_ids" if "position_ids" in self.names else self.names[0]
-        if given.get(key) is None:
-            key = "past_key_values_length"
-        return (), {**given, key: given[key] + self.before}
+        # A plain table's one argument is the positions; the others are told them, or where they begin.
+        key = "past_key_values_length"
+        if given.get("position_ids") is not None or key not in self.names:
+            key = "position_ids" if "position_ids" in self.names else self.names[0]
+        return (), {**given, key: given.get(key, 0) + self.before}
 
     @classmethod
     def check_together(cls, units: Mapping[str, AdapterUnit]) -> None:
@@ -105,10 +107,15 @@ def position_modules(part: nn.Module, prefix: str = "") -> list[tuple[str, nn.Mo
     """(path, module) of what makes positions in `part`, which lies at `prefix` in the model."""
     found = []
     for path, module in base_modules(part):
-        is_table = isinstance(module, nn.Embedding) and path.rpartition(".")[2] in TABLES
+        is_table = path.rpartition(".")[2] in TABLES and (isinstance(module, nn.Embedding) or _is_made(module))
         if is_table or _is_rotary(module):
             found.append((f"{prefix}.{path}".strip("."), module))
     return found
+
+
+def _is_made(module: nn.Module) -> bool:
+    """Whether a module makes vectors of positions from the tokens and how many came before (M2M100)."""
+    return "past_key_values_length" in forward_arguments(module)
 
 
 def _is_rotary(module: nn.Module) -> bool:

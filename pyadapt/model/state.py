@@ -84,12 +84,15 @@ class WithAdapters(nn.Module):
             for name in (state.active if state.enabled and not state.merged else ())
             if METHODS[(config := self.peft_config[name]).peft_type].has_penalty and not config.inference_mode
         )
-        enabled = state.active if state.enabled else ()
-        state.prepended = sum(unit.prepended for name in enabled for unit in self.units_of(name))
+        methods = {name: METHODS[self.peft_config[name].peft_type] for name in (state.active if state.enabled else ())}
+        # Units are asked for where they are needed alone: that is a walk through the model.
+        state.prepended = sum(
+            unit.prepended for name, method in methods.items() if method.prepends for unit in self.units_of(name)
+        )
         state.arguments = {
             argument: tuple(self.units_of(name))
-            for name in enabled
-            for argument in METHODS[self.peft_config[name].peft_type].call_arguments
+            for name, method in methods.items()
+            for argument in method.call_arguments
         }
 
     def units_of(self, name: str) -> list[AdapterUnit]:

@@ -62,8 +62,8 @@ class PrefixTuning(PromptMethod):
                 raise ValueError(f"{path}: {error}") from None
         if not heads:
             raise ValueError(
-                f"this {type(model).__name__} has no self-attention of transformers, so there is nothing that could see "
-                "a prefix"
+                f"this {type(model).__name__} has no self-attention of transformers, so there is nothing that could "
+                "see a prefix"
             )
         moved = position_modules(part, inside or "")
         check_length(config, moved)
@@ -95,11 +95,17 @@ def _completed(config: Any, model: nn.Module, heads: list[tuple[int, int]]) -> A
         )
     if config.num_transformer_submodules == 2 and not both:
         raise ValueError(f"num_transformer_submodules=2: this {name} is no encoder with a decoder")
-    width = config.token_dim or heads[0][0] * heads[0][1]
+    width = heads[0][0] * heads[0][1]
+    # Whoever says it outright may mean the states' width, as in PEFT, where fewer key/value heads then make it less.
+    states = getattr(getattr(model, "config", None), "hidden_size", width)
+    if config.token_dim not in (None, width, states):
+        raise ValueError(
+            f"token_dim={config.token_dim}: keys of this {name} have {width} features; leave the option out"
+        )
     return config.replaced(
         num_layers=len(heads),
         token_dim=width,
-        num_attention_heads=config.num_attention_heads or heads[0][0],
+        num_attention_heads=heads[0][0],
         num_transformer_submodules=config.num_transformer_submodules or (2 if both else 1),
         encoder_hidden_size=config.encoder_hidden_size or width,
         widths=[2 * count * size for count, size in heads],

@@ -9,12 +9,46 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from ...anatomy import AttentionUnit
 from ...anatomy.attention import AdaptedAttention, AttentionCall, Core
 from ...layer import AdaptedLayer
 from ...method import AdapterUnit
 from ...prompt_learning import PROMPT_KEY
+
+# The parameters of the MLP, in the order of its arguments.
+_MLP = ("embedding", "hidden_weight", "hidden_bias", "output_weight", "output_bias")
+
+
+def _mlp(embedding: Tensor, hidden_weight: Tensor, hidden_bias: Tensor, output_weight: Tensor, bias: Tensor) -> Tensor:
+    return F.linear(torch.tanh(F.linear(embedding, hidden_weight, hidden_bias)), output_weight, bias)
+
+
+class _Projection(torch.autograd.Function):
+    """tanh(E W1' + b1) W2' + b2, with a backward that may run more than once.
+
+    It does where reentrant checkpointing goes backward through each block apart, all of which lead here. What torch
+    saves for a backward is gone after the first; so the parameters are kept as they are.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *parameters: Tensor) -> Tensor:
+        """P, (n, features)."""
+        embedding, hidden_weight, hidden_bias, output_weight, output_bias = parameters
+        hidden = torch.tanh(F.linear(embedding, hidden_weight, hidden_bias))
+        ctx.kept = embedding, hidden_weight, hidden, output_weight
+        return F.linear(hidden, output_weight, output_bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        """Gradients of the parameters."""
+        embedding, hidden_weight, hidden, output_weight = ctx.kept
+        # Under autocast the products of forward are of another dtype.
+        gradient, hidden = gradient.to(output_weight.dtype), hidden.to(output_weight.dtype)
+        inner = (gradient @ output_weight) * (1 - hidden * hidden)
+        return inner @ hidden_weight, inner.T @ embedding, inner.sum(0), gradient.T @ hidden, gradient.sum(0)
 
 
 class PrefixUnit(AdapterUnit):
@@ -92,8 +126,8 @@ class PrefixUnit(AdapterUnit):
         """P from the parameters of a unit."""
         if "prefix" in weights:
             return weights["prefix"]
-        hidden = torch.tanh(F.linear(weights["embedding"], weights["hidden_weight"], weights["hidden_bias"]))
-        return F.linear(hidden, weights["output_weight"], weights["output_bias"])
+        run: Any = _mlp if torch.compiler.is_compiling() else _Projection.apply
+        return run(*(weights[name] for name in _MLP))
 
     @staticmethod
     def run(units: Sequence[nn.Module], owner: AdaptedLayer, *args: Any, **kwargs: Any) -> Any:
@@ -179,8 +213,7 @@ class PrefixReader(AttentionUnit):
         """See `AttentionUnit.forward`.
 
         Raises:
-            RuntimeError: this attention is called by itself; or, with `prefix_projection`, under checkpointing that
-                goes backward through each block apart, of which only the first could reach what is trained.
+            RuntimeError: this attention is called by itself.
         """
         pair = self.handed.pair
         if pair is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -17,6 +17,8 @@ from .unit import ALONE, DECODER, ENCODER
 
 class InputPromptMethod(PromptMethod):
     """A method whose prompt is put before the text's embeddings."""
+
+    prepends: ClassVar[bool] = True
 
     @classmethod
     def host(cls, layer: nn.Module) -> type[Host] | None:
