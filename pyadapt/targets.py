@@ -154,6 +154,10 @@ def modules_to_save(config: AdapterConfig, model: nn.Module) -> list[str]:
         if name not in heads and not any(_ends_with(path, name) for path in paths):
             raise ValueError(f"modules_to_save: {_no_such(name, paths)}")
     named += [head for head in heads if head not in named]
+    # A layer in front of a head (DistilBERT's pre_classifier) is as new as that; PEFT, which matches ends of names,
+    # trains and writes it too.
+    leaves = dict.fromkeys(path.rpartition(".")[2] for path in paths)
+    named += [leaf for leaf in leaves if leaf not in named and leaf.endswith(heads)]
     return [name for name in named if any(_ends_with(path, name) for path in paths)]
 
 

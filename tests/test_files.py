@@ -272,3 +272,36 @@ def test_a_minimal_config_of_another_tool(tmp_path):
     (tmp_path / "adapter_config.json").write_text(json.dumps(minimal))
     batch = model_batch("llama")
     assert torch.equal(pyadapt.load(build("llama"), tmp_path)(**batch).logits, model(**batch).logits)
+
+
+@pytest.mark.parametrize(
+    "options", [{"peft_type": "LORA", "target_modules": ["q_lin"]}, {"peft_type": "PROMPT_TUNING"}]
+)
+def test_a_layer_in_front_of_a_head_is_trained_with_it(options, tmp_path):
+    """DistilBERT's pre_classifier, in both directions."""
+    import peft
+    from transformers import DistilBertConfig, DistilBertForSequenceClassification
+
+    if options["peft_type"] == "PROMPT_TUNING":
+        options = {**options, "num_virtual_tokens": 3}
+    sizes = {"vocab_size": 50, "dim": 16, "hidden_dim": 32, "n_layers": 2, "n_heads": 4, "max_position_embeddings": 32}
+
+    def base():
+        torch.manual_seed(0)
+        return DistilBertForSequenceClassification(DistilBertConfig(**sizes)).eval()
+
+    model = pyadapt.wrap(base(), {**options, "task_type": "SEQ_CLS"}).eval()
+    assert model.pre_classifier.copies["default"].weight.requires_grad
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    ids = torch.tensor([[3, 4, 5, 6]])
+    model.save_pretrained(tmp_path / "ours")
+    theirs = peft.PeftModel.from_pretrained(base(), tmp_path / "ours").eval()
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+        assert_near(theirs(input_ids=ids).logits, expected, "model")
+        theirs.save_pretrained(tmp_path / "theirs")
+        loaded = pyadapt.load(base(), tmp_path / "theirs")
+        assert_near(loaded(input_ids=ids).logits, expected, "model")

@@ -194,12 +194,6 @@ def test_a_model_that_reads_no_tokens(method, name):
     refused(ROWS[name].build(), config_of(method).replaced(task_type=None), "prompt has nowhere to go")
 
 
-@pytest.mark.parametrize("method", INPUT)
-def test_an_encoder_that_reads_sound(method):
-    model = ROWS["WhisperForConditionalGeneration"].build()
-    refused(model, config_of(method).replaced(task_type="SEQ_2_SEQ_LM"), "WhisperEncoder.*prompt has nowhere to go")
-
-
 @pytest.mark.parametrize("method", [*PREFIX, "llama-adapter"])
 def test_a_module_that_attends_to_nothing(method):
     refused(plain_module(), config_of(method).replaced(task_type=None), "no self-attention")
@@ -211,6 +205,16 @@ def test_an_attention_that_takes_no_masks(method, implementation):
     model = build("llama")
     model.config._attn_implementation = implementation
     refused(model, config_of(method), rf"self_attn: .*'{implementation}'.*set_attn_implementation\('sdpa'\)")
+
+
+@pytest.mark.parametrize("method", [*PREFIX, "llama-adapter"])
+def test_an_eager_attention_of_its_own(method):
+    """GPT-2's, which keeps its products in fp32."""
+    model = build("gpt2")
+    model.set_attn_implementation("eager")
+    for block in model.transformer.h:
+        block.attn.reorder_and_upcast_attn = True
+    refused(model, config_of(method), r"attn: .*reorder_and_upcast_attn.*set_attn_implementation\('sdpa'\)")
 
 
 @EVERY

@@ -272,3 +272,24 @@ def test_parameters_of_roberta_large():
     model = pyadapt.wrap(model, config)
     assert model.get_nb_trainable_parameters() == (1_351_938, 355_662_082)
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+
+
+def test_a_decoder_that_is_told_what_an_encoder_hears():
+    """Whisper's encoder reads no tokens: the prompt stands before the decoder's text. PEFT has no such thing."""
+    from models.zoo import MODELS
+
+    row = next(row for row in MODELS if row.name == "Whisper")
+    given = row.batch()
+    plain = row.build()
+    model = pyadapt.wrap(row.build(), pyadapt.PromptTuningConfig(task_type=row.task, num_virtual_tokens=3)).eval()
+    prompt = model.model.decoder.adapters["default"].embeddings
+    labels = given["labels"]
+    start = torch.full_like(labels[:, :1], plain.config.decoder_start_token_id)
+    with torch.no_grad():
+        states = plain.model.decoder.embed_tokens(torch.cat([start, labels[:, :-1]], dim=1))
+        longer = torch.cat([prompt.expand(len(labels), -1, -1), states], dim=1)
+        heard = plain.model.encoder(given["input_features"]).last_hidden_state
+        read = plain.model.decoder(inputs_embeds=longer, encoder_hidden_states=heard).last_hidden_state
+        expected = plain.proj_out(read[:, 3:])
+        assert_near(model(**given).logits, expected, "model")
+        assert (plain(**given).logits - expected).abs().max() > 1e-2

@@ -84,3 +84,13 @@ class GPT2Attention(Attention):
     def accepts(layer: Any) -> bool:
         """See `Host.accepts`."""
         return original_class(layer).__name__ == "GPT2Attention"
+
+    @classmethod
+    def check(cls, layer: Any) -> None:
+        """See `Attention.check`."""
+        super().check(layer)
+        if layer.reorder_and_upcast_attn and layer.config._attn_implementation == "eager":
+            raise ValueError(
+                "config.reorder_and_upcast_attn is an eager attention of its own, to which no keys can be added; "
+                "model.set_attn_implementation('sdpa') takes them"
+            )

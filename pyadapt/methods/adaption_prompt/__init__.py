@@ -46,8 +46,8 @@ class AdaptionPrompt(LayerMethod):
                 decoding.append(path)
         if not decoding:
             raise ValueError(
-                f"LLaMA-Adapter is for decoders: no self-attention of this {type(model).__name__} says that it looks back "
-                "alone"
+                f"LLaMA-Adapter is for decoders: no self-attention of this {type(model).__name__} says that it looks "
+                "back alone"
             )
         names = sorted({path.rpartition(".")[2] for path in decoding})
         wanted = config.target_modules or names[0]
