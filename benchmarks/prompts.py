@@ -31,7 +31,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "llama-adapter": {"peft_type": "ADAPTION_PROMPT", "adapter_len": 10, "adapter_layers": 4},
 }
 # Vocabulary, hidden size, layers, heads, rows, tokens.
-SIZE, QUICK_SIZE = (4096, 768, 6, 12, 4, 192), (64, 32, 4, 4, 2, 8)
+SIZE, QUICK_SIZE = (4096, 512, 4, 8, 4, 128), (64, 32, 4, 4, 2, 8)
 
 
 def frozen_model(size: tuple[int, ...], dtype: torch.dtype) -> Any:
@@ -81,6 +81,8 @@ def training(model: Any, ids: Tensor, embed: bool) -> Callable[[], object]:
 
 def decoding(model: Any, ids: Tensor, steps: int) -> Callable[[], object]:
     """Greedy decoding of a fixed number of tokens."""
+    # As an adapter is served, which is frozen.
+    model.requires_grad_(False)
     options = {"max_new_tokens": steps, "min_new_tokens": steps, "do_sample": False, "pad_token_id": 0}
     return lambda: model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
 

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from ...anatomy import AttentionCall, AttentionUnit
 from ...anatomy.attention import AdaptedAttention, Core
+from ...layer import AdaptedLayer
+from ...remembering import Remembered
 
 
 class AdaptionPromptUnit(AttentionUnit):
@@ -27,6 +29,10 @@ class AdaptionPromptUnit(AttentionUnit):
     prompt: nn.Parameter
     gate: nn.Parameter
 
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.remembered = Remembered()
+
     @classmethod
     def shapes(cls, config: Any, path: str, base: Any, layer: Any) -> dict[str, tuple[int, ...]]:
         """See `AdapterUnit.shapes`."""
@@ -39,13 +45,20 @@ class AdaptionPromptUnit(AttentionUnit):
 
     def forward(self, owner: AdaptedAttention, core: Core, call: AttentionCall) -> tuple[Tensor, Any]:  # type: ignore[override]
         """See `AttentionUnit.forward`."""
-        key, value = owner.keys_and_values(self.prompt)
+        key, value = self._keys_and_values(owner)
         output, weights = core(call)
         term = self._attention(call, key, value)
         if owner.base.adds_to_output:
             owner.add_to_output(term.flatten(2))
             return output, weights
         return output + term.to(output.dtype), weights
+
+    def _keys_and_values(self, owner: AdaptedAttention) -> tuple[Tensor, Tensor]:
+        """What the module makes of the prompt; see `AdaptedAttention.keys_and_values`."""
+        if any(isinstance(inner, AdaptedLayer) for inner in owner.children()):
+            # Adapters of the projections may be switched or scaled from one call to the next.
+            return owner.keys_and_values(self.prompt)
+        return self.remembered.get(owner.parameters(), lambda: owner.keys_and_values(self.prompt))
 
     def _attention(self, call: AttentionCall, key: Tensor, value: Tensor) -> Tensor:
         """The gated attention over the prompt, (B, L, H, D)."""

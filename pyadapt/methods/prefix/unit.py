@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
@@ -16,6 +17,7 @@ from ...anatomy.attention import AdaptedAttention, AttentionCall, Core
 from ...layer import AdaptedLayer
 from ...method import AdapterUnit
 from ...prompt_learning import PROMPT_KEY
+from ...remembering import Remembered
 
 # The parameters of the MLP, in the order of its arguments.
 _MLP = ("embedding", "hidden_weight", "hidden_bias", "output_weight", "output_bias")
@@ -85,6 +87,7 @@ class PrefixUnit(AdapterUnit):
         super().__init__(config, *rest)
         self.widths, self.blocks = config.widths, config.blocks
         self.readers: tuple[PrefixReader, ...] = ()
+        self.handed_out = Remembered()
 
     @classmethod
     def shapes(cls, config: Any, path: str, base: Any, layer: Any) -> dict[str, tuple[int, ...]]:
@@ -133,19 +136,19 @@ class PrefixUnit(AdapterUnit):
     def run(units: Sequence[nn.Module], owner: AdaptedLayer, *args: Any, **kwargs: Any) -> Any:
         """See `AdapterUnit.run`: the prefixes are at hand while the blocks run."""
         for unit in units:
-            unit.hand_out(unit(owner))  # type: ignore[operator]
+            assert isinstance(unit, PrefixUnit)
+            unit.handed_out.get(unit.parameters(), functools.partial(unit.hand_out, owner))
         return owner.frozen(*args, **kwargs)
 
     def forward(self, owner: AdaptedLayer) -> Tensor:  # type: ignore[override]
         """P, as a copy: engines take back the memory of a parameter after this call."""
         return self.made(dict(self.named_parameters(recurse=False))).clone()
 
-    def hand_out(self, prefixes: Tensor) -> None:
+    def hand_out(self, owner: AdaptedLayer) -> None:
         """Give each attention its keys and values of P, (1, heads, n, D) each."""
-        blocks = prefixes.split(self.widths, dim=1)
+        blocks = self(owner).split(self.widths, dim=1)
         for reader, block in zip(self.readers, self.blocks, strict=True):
             reader.handed.pair = blocks[block].unflatten(1, (2, reader.heads, -1)).permute(1, 2, 0, 3).unsqueeze(1)
-            reader.handed.once = "prefix" not in self._parameters
 
     @classmethod
     def check_together(cls, units: Mapping[str, AdapterUnit]) -> None:
@@ -168,11 +171,9 @@ class Handed:
 
     Attributes:
         pair: (2, 1, heads, n, D), keys and values; None before the first forward.
-        once: whether a backward through it can be done once only.
     """
 
     pair: Tensor | None = None
-    once: bool = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Handed:
         return Handed()
