@@ -88,6 +88,13 @@ class AdapterConfig:
                 names = ", ".join(task.value for task in TaskType)
                 raise ValueError(f"task_type={self.task_type!r} is not one of {names}") from None
 
+    def check_counts(self, *options: str) -> None:
+        """Refuse options that are given, and are no whole numbers of at least 1."""
+        for name in options:
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                raise ValueError(f"{name}={value!r}: a whole number of at least 1 is needed")
+
     def replaced(self: ConfigT, **changes: Any) -> ConfigT:
         """A copy with other values; keys that this method lacks are passed over."""
         known = {field.name for field in dataclasses.fields(self)}

@@ -253,6 +253,18 @@ class AdapterUnit(nn.Module, abc.ABC):
         """
 
 
+class UnitBeside(AdapterUnit):
+    """A unit that is no change of a weight and serves the whole batch: it is neither merged nor chosen by row."""
+
+    by_row: ClassVar[bool] = False
+    why_not_by_row: ClassVar[str] = "has one prompt for the whole batch"
+    folds: ClassVar[bool] = False
+
+    def fold(self, matrix: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """See `AdapterUnit.fold`."""
+        raise RuntimeError(f"a {type(self).__name__} is no change of a weight")
+
+
 def product_route(base: type[BaseWeight], layer: Any, tokens: int, rank: int = 0) -> str:
     """The route of a linear layer's product, with a low-rank term of rank `rank`, for a step of `tokens` tokens."""
     device = next(iter(base.stored(layer).values())).device.type

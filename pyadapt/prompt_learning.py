@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from .anatomy import Positions
 from .config import AdapterConfig
-from .method import AdapterUnit, LayerMethod
+from .layer import adapted_layers
+from .method import LayerMethod
 from .targets import modules_to_save
 
 PROMPT_KEY = "prompt_embeddings"
@@ -59,13 +60,6 @@ class PromptLearningConfig(AdapterConfig):
         if self.num_transformer_submodules not in (None, 1, 2):
             raise ValueError(f"num_transformer_submodules={self.num_transformer_submodules!r} is not 1 or 2")
 
-    def check_counts(self, *options: str) -> None:
-        """Refuse options that are given, and are no whole numbers of at least 1."""
-        for name in options:
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-                raise ValueError(f"{name}={value!r}: a whole number of at least 1 is needed")
-
     def with_saved(self, model: nn.Module) -> Any:
         """A copy in which the modules that are trained whole are named outright.
 
@@ -100,39 +94,28 @@ class PromptMethod(LayerMethod):
     """A method that learns a prompt."""
 
     has_own_keys: ClassVar[bool] = True
-    # Key in a file -> what stands for it behind a unit's path; the first is the finished prompt.
+    # The keys of a file that belong to the prompt.
     file_keys: ClassVar[tuple[str, ...]] = (PROMPT_KEY,)
 
     @classmethod
-    def finish(cls, unit: AdapterUnit, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def finish(cls, unit: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What a file is to hold of `unit`, by key in the file, with `tensors` as its parameters, by attribute."""
-        raise NotImplementedError
-
-    @classmethod
-    def joined(cls, config: Any, parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        """One adapter's tensors in the file, from those of its units (see `finish`)."""
-        return {key: tensor for part in parts for key, tensor in part.items()}
-
-    @classmethod
-    def parted(cls, model: nn.Module, config: Any, tensors: Mapping[str, Tensor]) -> dict[tuple[str, str], Tensor]:
-        """(path of the host, key behind it) -> tensor, from those of a file.
-
-        Raises:
-            ValueError: the model has no place for them.
-        """
-        raise NotImplementedError
+        return {unit.file_keys[attribute]: tensor for attribute, tensor in tensors.items()}
 
     @classmethod
     def read(
         cls, model: nn.Module, config: Any, tensors: dict[str, Tensor], prefix: str
     ) -> tuple[Any, dict[str, Tensor]]:
-        """See `LayerMethod.read`."""
+        """See `LayerMethod.read`: the prompt belongs to the first of the adapter's units."""
         config = config.replaced(finished=True)
-        own = {key: tensor for key, tensor in tensors.items() if key in cls.file_keys}
-        found = {f"{prefix}{path}.{key}": tensor for (path, key), tensor in cls.parted(model, config, own).items()}
+        places: Any = cls.places(config, model)
+        found = {}
         for key, tensor in tensors.items():
-            if key not in own:
-                found[prefix + key.removeprefix(_MODULES) if key.startswith(_MODULES) else key] = tensor
+            if key in cls.file_keys:
+                key = f"{prefix}{places[1][0]}.{key}"
+            elif key.startswith(_MODULES):
+                key = prefix + key.removeprefix(_MODULES)
+            found[key] = tensor
         return config, found
 
     @classmethod
@@ -140,24 +123,16 @@ class PromptMethod(LayerMethod):
         cls, model: Any, name: str, config: Any, tensors: dict[str, Tensor], prefix: str
     ) -> tuple[Any, dict[str, Tensor]]:
         """See `LayerMethod.as_saved`."""
-        parts, taken = [], set()
-        for path, unit in units_by_path(model, name):
-            keys = {attribute: f"{prefix}{path}.{unit.file_keys[attribute]}" for attribute in _own(unit)}
+        found: dict[str, Tensor] = {}
+        taken: set[str] = set()
+        for path, layer in adapted_layers(model):
+            unit: Any = layer.unit(name)
+            own = [] if unit is None else [attribute for attribute, _ in unit.named_parameters(recurse=False)]
+            keys = {attribute: f"{prefix}{path}.{unit.file_keys[attribute]}" for attribute in own}
             taken |= set(keys.values())
-            if keys:
+            # A unit after the first shares the parameters of that.
+            if keys and not found:
                 with torch.no_grad():
-                    parts.append(cls.finish(unit, {attribute: tensors[key] for attribute, key in keys.items()}))
+                    found = cls.finish(unit, {attribute: tensors[key] for attribute, key in keys.items()})
         rest = {_MODULES + key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key not in taken}
-        return config, {**cls.joined(config, parts), **rest}
-
-
-def units_by_path(model: Any, name: str) -> list[tuple[str, AdapterUnit]]:
-    """(path, unit) of each host that carries the adapter called `name`, in the model's order."""
-    from .layer import adapted_layers
-
-    found = ((path, layer.unit(name)) for path, layer in adapted_layers(model))
-    return [(path, unit) for path, unit in found if unit is not None]
-
-
-def _own(unit: AdapterUnit) -> list[str]:
-    return [attribute for attribute, _ in unit.named_parameters(recurse=False)]
+        return config, {**found, **rest}

@@ -190,7 +190,7 @@ def test_with_lora_at_once():
 
 def test_rows_cannot_choose_it():
     model, given = wrapped("llama", "CAUSAL_LM", "multitask"), batch("CAUSAL_LM")
-    with pytest.raises(ValueError, match="puts one prompt before the whole batch"):
+    with pytest.raises(ValueError, match="has one prompt for the whole batch"):
         model(**given, task_ids=TASKS, adapter_names=["default", "__base__"])
     assert not unit_of(model).call_arguments
 

@@ -7,15 +7,18 @@ between models is here, in one place; a method never asks what model it is in.
 from __future__ import annotations
 
 from . import bloom, deberta, gpt, t5  # noqa: F401 (each registers its kind)
-from .attention import AttentionCall, AttentionUnit, attention_of, self_attentions
+from .attending import AdaptedAttention, AttentionCall, AttentionUnit, Core
+from .attention import attention_of, self_attentions
 from .blocks import Blocks, blocks_of
 from .positions import Positions, PositionUnit, position_modules
 from .stack import Stack, decoder_of, token_stacks
 
 __all__ = [
+    "AdaptedAttention",
     "AttentionCall",
     "AttentionUnit",
     "Blocks",
+    "Core",
     "PositionUnit",
     "Positions",
     "Stack",

@@ -6,13 +6,12 @@ import itertools
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-import torch
 from torch import nn
 
-from ..base import Host
+from .part import Part
 
 
-class Blocks(Host):
+class Blocks(Part):
     """The innermost module that has a forward of its own and holds all of some modules."""
 
     name: ClassVar[str] = "blocks"
@@ -27,16 +26,6 @@ class Blocks(Host):
     def shape(layer: Any) -> tuple[int, int]:
         """See `Host.shape`: it computes nothing itself."""
         return 0, 0
-
-    @staticmethod
-    def dtype(layer: Any) -> torch.dtype:
-        """See `Host.dtype`."""
-        return next((p.dtype for p in layer.parameters() if p.is_floating_point()), torch.float32)
-
-    @staticmethod
-    def stored(layer: Any) -> dict[str, nn.Parameter]:
-        """See `Host.stored`: the first of the parameters inside."""
-        return dict([next(iter(layer.named_parameters()))])
 
 
 def blocks_of(model: nn.Module, paths: Sequence[str]) -> str:

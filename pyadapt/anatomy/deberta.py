@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ..surgery import original_class
-from .attention import AdaptedAttention, Attention, AttentionCall, register
+from .attending import AdaptedAttention, AttentionCall
+from .attention import Attention, register
 
 
 class AdaptedDebertaAttention(AdaptedAttention):

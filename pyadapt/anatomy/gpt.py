@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from ..surgery import original_class
-from .attention import AdaptedAttention, Attention, AttentionCall, register
+from .attending import AdaptedAttention, AttentionCall
+from .attention import Attention, register
 
 
 class AdaptedGPTAttention(AdaptedAttention):

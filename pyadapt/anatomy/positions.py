@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..base import Host
 from ..layer import AdaptedLayer, base_modules
-from ..method import AdapterUnit
+from ..method import AdapterUnit, UnitBeside
 from ..surgery import forward_arguments, original_class
 
 # The last name in the path of a table of learned positions.
@@ -54,12 +54,8 @@ class Positions(Host):
         return getattr(getattr(layer, "config", None), "max_position_embeddings", None)
 
 
-class PositionUnit(AdapterUnit):
+class PositionUnit(UnitBeside):
     """Moves the positions of the text on, past those of a prefix. It has no weights."""
-
-    by_row: ClassVar[bool] = False
-    why_not_by_row: ClassVar[str] = "counts positions for the whole batch"
-    folds: ClassVar[bool] = False
 
     def __init__(self, config: Any, path: str, base: Any, layer: Any, *rest: Any) -> None:
         super().__init__(config, path, base, layer, *rest)
@@ -97,10 +93,6 @@ class PositionUnit(AdapterUnit):
         others = [name for name, unit in units.items() if not isinstance(unit, PositionUnit)]
         if others:
             raise ValueError(f"adapter {others[0]!r} adapts the table of positions that a prefix moves on")
-
-    def fold(self, matrix: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """See `AdapterUnit.fold`."""
-        raise RuntimeError("moving positions on is no change of a weight")
 
 
 def position_modules(part: nn.Module, prefix: str = "") -> list[tuple[str, nn.Module]]:

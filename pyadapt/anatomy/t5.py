@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from ..surgery import original_class
-from .attention import AdaptedAttention, Attention, register
+from .attending import AdaptedAttention
+from .attention import Attention, register
 
 
 class AdaptedT5Attention(AdaptedAttention):

@@ -29,10 +29,7 @@ class AdaptionPromptConfig(AdapterConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("adapter_len", "adapter_layers"):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-                raise ValueError(f"{name}={value!r}: a whole number of at least 1 is needed")
+        self.check_counts("adapter_len", "adapter_layers")
 
     def to_dict(self) -> dict[str, Any]:
         """See `AdapterConfig.to_dict`."""

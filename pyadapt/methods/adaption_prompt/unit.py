@@ -7,8 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ...anatomy import AttentionCall, AttentionUnit
-from ...anatomy.attention import AdaptedAttention, Core
+from ...anatomy import AdaptedAttention, AttentionCall, AttentionUnit, Core
 from ...layer import AdaptedLayer
 from ...remembering import Remembered
 

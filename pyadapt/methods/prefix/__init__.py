@@ -74,12 +74,6 @@ class PrefixTuning(PromptMethod):
         """See `PromptMethod.finish`."""
         return {PROMPT_KEY: PrefixUnit.made(tensors)}
 
-    @classmethod
-    def parted(cls, model: nn.Module, config: Any, tensors: Mapping[str, Tensor]) -> dict[tuple[str, str], Tensor]:
-        """See `PromptMethod.parted`."""
-        path = cls.places(config, model)[1][0]
-        return {(path, key): tensor for key, tensor in tensors.items()}
-
 
 def _completed(config: Any, model: nn.Module, heads: list[tuple[int, int]]) -> Any:
     """A copy of `config` that says everything outright, for attentions with these heads of these sizes.

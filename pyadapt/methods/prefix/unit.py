@@ -12,10 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ...anatomy import AttentionUnit
-from ...anatomy.attention import AdaptedAttention, AttentionCall, Core
+from ...anatomy import AdaptedAttention, AttentionCall, AttentionUnit, Core
 from ...layer import AdaptedLayer
-from ...method import AdapterUnit
+from ...method import AdapterUnit, UnitBeside
 from ...prompt_learning import PROMPT_KEY
 from ...remembering import Remembered
 
@@ -53,7 +52,7 @@ class _Projection(torch.autograd.Function):
         return inner @ hidden_weight, inner.T @ embedding, inner.sum(0), gradient.T @ hidden, gradient.sum(0)
 
 
-class PrefixUnit(AdapterUnit):
+class PrefixUnit(UnitBeside):
     """The prefixes of all layers, side by side.
 
         P                                                     plain, or finished
@@ -77,9 +76,6 @@ class PrefixUnit(AdapterUnit):
         "output_weight": "prefix_encoder.transform.2.weight",
         "output_bias": "prefix_encoder.transform.2.bias",
     }
-    by_row: ClassVar[bool] = False
-    why_not_by_row: ClassVar[str] = "gives one prefix to the whole batch"
-    folds: ClassVar[bool] = False
     hidden_weight: nn.Parameter
     output_weight: nn.Parameter
 
@@ -157,10 +153,6 @@ class PrefixUnit(AdapterUnit):
         if len(prefixes) > 1:
             raise ValueError(f"adapters {' and '.join(map(repr, prefixes))} each put a prefix before the text")
 
-    def fold(self, matrix: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """See `AdapterUnit.fold`."""
-        raise RuntimeError("a prefix is no change of a weight")
-
     def extra_repr(self) -> str:
         """The number of layers, for `print(model)`."""
         return f"layers={len(self.readers)}"
@@ -193,8 +185,6 @@ class PrefixReader(AttentionUnit):
         heads: of keys and values.
         handed: by the `PrefixUnit`.
     """
-
-    why_not_by_row: ClassVar[str] = PrefixUnit.why_not_by_row
 
     def __init__(self, config: Any, path: str, base: Any, layer: Any, *rest: Any) -> None:
         super().__init__(config, path, base, layer, *rest)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from torch import Tensor, nn
+from torch import nn
 
 from ...anatomy import Stack, attention_of, position_modules, self_attentions, token_stacks
 from ...anatomy.stack import embedding_of
@@ -52,12 +51,6 @@ class InputPromptMethod(PromptMethod):
         )
         check_length(config, position_modules(first))
         return config, stacks
-
-    @classmethod
-    def parted(cls, model: nn.Module, config: Any, tensors: Mapping[str, Tensor]) -> dict[tuple[str, str], Tensor]:
-        """See `PromptMethod.parted`."""
-        path = cls.places(config, model)[1][0]
-        return {(path, key): tensor for key, tensor in tensors.items()}
 
 
 def total_tokens(config: Any) -> int:

@@ -7,7 +7,7 @@ Learnt on source tasks, P and their matrices are what a target task starts from 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -116,16 +116,6 @@ class MultitaskPromptTuning(InputPromptMethod):
         if not plan.config.from_source:
             return Preparation(plan, start_values(plan, model))
         return Preparation(plan, {plan.layers[0].path: _from_source(plan.config)})
-
-    @classmethod
-    def finish(cls, unit: AdapterUnit, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """See `PromptMethod.finish`."""
-        return {unit.file_keys[attribute]: tensor for attribute, tensor in tensors.items()}
-
-    @classmethod
-    def joined(cls, config: Any, parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        """See `PromptMethod.joined`: a decoder's unit holds the same parameters as the encoder's."""
-        return dict(parts[0])
 
 
 def _from_source(config: Any) -> dict[str, Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -55,11 +54,6 @@ class PromptTuning(InputPromptMethod):
         """See `LayerMethod.prepare`: embeddings of a text, or of tokens drawn from the vocabulary."""
         refuse_data(data)
         return Preparation(plan, start_values(plan, model))
-
-    @classmethod
-    def finish(cls, unit: AdapterUnit, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """See `PromptMethod.finish`."""
-        return {unit.file_keys[attribute]: tensor for attribute, tensor in tensors.items()}
 
 
 def start_values(plan: Plan, model: nn.Module) -> dict[str, dict[str, Tensor]]:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from ...layer import AdaptedLayer
-from ...method import AdapterUnit
+from ...method import AdapterUnit, UnitBeside
 from ...surgery import forward_arguments
 from .insertion import with_prompt, without_prompt
 
@@ -17,7 +17,7 @@ from .insertion import with_prompt, without_prompt
 ALONE, ENCODER, DECODER = "alone", "encoder", "decoder"
 
 
-class InputPrompt(AdapterUnit):
+class InputPrompt(UnitBeside):
     """A prompt of n virtual tokens before the text.
 
     The encoder of an encoder-decoder gives the decoder the virtual tokens' states as well; the decoder is told that
@@ -28,9 +28,6 @@ class InputPrompt(AdapterUnit):
         tokens: n.
     """
 
-    by_row: ClassVar[bool] = False
-    why_not_by_row: ClassVar[str] = "puts one prompt before the whole batch"
-    folds: ClassVar[bool] = False
     # Whether a decoder behind an encoder gets virtual tokens too.
     prompts_decoder: ClassVar[bool] = False
 
@@ -91,10 +88,6 @@ class InputPrompt(AdapterUnit):
         """See `AdapterUnit.check_together`: which prompt comes first is not defined."""
         if len(units) > 1:
             raise ValueError(f"adapters {' and '.join(map(repr, units))} each put a prompt before the text")
-
-    def fold(self, matrix: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """See `AdapterUnit.fold`."""
-        raise RuntimeError("a prompt is no change of a weight")
 
     def extra_repr(self) -> str:
         """The length, for `print(model)`."""
