@@ -6,12 +6,15 @@ between models is here, in one place; a method never asks what model it is in.
 
 from __future__ import annotations
 
-from . import bloom, deberta, gpt, t5  # noqa: F401 (each registers its kind)
+from ..discovery import import_submodules
 from .attending import AdaptedAttention, AttentionCall, AttentionUnit, Core
 from .attention import attention_of, self_attentions
 from .blocks import Blocks, blocks_of
 from .positions import Positions, PositionUnit, position_modules
 from .stack import Stack, decoder_of, token_stacks
+
+# Each kind of attention registers itself.
+import_submodules(__name__, __path__)
 
 __all__ = [
     "AdaptedAttention",

@@ -10,6 +10,7 @@ from torch import nn
 from ..base import Host
 from ..layer import base_modules
 from ..surgery import forward_arguments
+from ..tying import input_embedding
 
 
 class Stack(Host):
@@ -21,33 +22,26 @@ class Stack(Host):
     @staticmethod
     def accepts(layer: Any) -> bool:
         """See `Host.accepts`."""
-        return {"input_ids", "inputs_embeds"} <= set(forward_arguments(layer)) and isinstance(
-            embedding_of(layer), nn.Embedding
-        )
+        reads = {"input_ids", "inputs_embeds"} <= set(forward_arguments(layer))
+        return reads and isinstance(input_embedding(layer), nn.Embedding)
 
     @staticmethod
     def shape(layer: Any) -> tuple[int, int]:
         """See `Host.shape`: features of an input embedding, twice."""
-        width = embedding_of(layer).embedding_dim
-        return width, width
+        table: Any = input_embedding(layer)
+        return table.embedding_dim, table.embedding_dim
 
     @staticmethod
     def dtype(layer: Any) -> torch.dtype:
         """See `Host.dtype`."""
-        return embedding_of(layer).weight.dtype
+        table: Any = input_embedding(layer)
+        return table.weight.dtype
 
     @staticmethod
     def stored(layer: Any) -> dict[str, nn.Parameter]:
         """See `Host.stored`: the table of input embeddings."""
-        return {"weight": embedding_of(layer).weight}
-
-
-def embedding_of(stack: Any) -> Any:
-    """The table that turns the token ids of `stack` into vectors, or None."""
-    try:
-        return stack.get_input_embeddings()
-    except (AttributeError, NotImplementedError):
-        return None
+        table: Any = input_embedding(layer)
+        return {"weight": table.weight}
 
 
 def token_stacks(model: Any) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...anatomy.stack import embedding_of
+from ...tying import input_embedding
 
 # Inputs that say something of each token, in which virtual tokens are zero.
 _BY_TOKEN = ("token_type_ids", "bbox")
@@ -45,8 +45,9 @@ def with_prompt(owner: Any, prompt: Tensor, given: dict[str, Any]) -> tuple[dict
             positions = torch.cat([first.expand(*positions.shape[:-1], n), positions], dim=-1)
         given["position_ids"] = positions
     if inserted:
+        table: Any = input_embedding(owner)
         states = given.get("inputs_embeds")
-        states = embedding_of(owner)(given["input_ids"]) if states is None else states
+        states = table(given["input_ids"]) if states is None else states
         rows = prompt.to(states.dtype).expand(states.shape[0], -1, -1)
         given["input_ids"], given["inputs_embeds"] = None, torch.cat([rows, states], dim=1)
         for name in _BY_TOKEN:

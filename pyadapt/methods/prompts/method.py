@@ -7,7 +7,6 @@ from typing import Any, ClassVar
 from torch import nn
 
 from ...anatomy import Stack, attention_of, position_modules, self_attentions, token_stacks
-from ...anatomy.stack import embedding_of
 from ...base import Host
 from ...config import TaskType
 from ...prompt_learning import PromptMethod, check_length
@@ -31,7 +30,7 @@ class InputPromptMethod(PromptMethod):
         stacks = token_stacks(model)
         alone = len(stacks) == 1
         first = model.get_submodule(stacks[0])
-        width = embedding_of(first).embedding_dim
+        width = Stack.shape(first)[1]
         if config.token_dim not in (None, width):
             raise ValueError(
                 f"token_dim={config.token_dim}: embeddings of this {type(model).__name__} have {width} features"

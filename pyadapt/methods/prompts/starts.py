@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...anatomy.stack import embedding_of
 from ...files import AdapterFileError, adapter_weights_path, read_tensors
 from ...prompt_learning import PROMPT_KEY
+from ...tying import input_embedding
 
 
 def from_text(config: Any, stack: nn.Module, rows: int) -> Tensor:
@@ -25,7 +25,7 @@ def from_text(config: Any, stack: nn.Module, rows: int) -> Tensor:
             f"num_virtual_tokens={config.num_virtual_tokens}, but prompt_tuning_init_text has {len(ids)} tokens: give "
             f"a longer text, or num_virtual_tokens={len(ids)}"
         )
-    table = embedding_of(stack)
+    table: Any = input_embedding(stack)
     wanted = torch.tensor(ids).repeat(-(-rows // len(ids)))[:rows]
     if int(wanted.max()) >= table.num_embeddings:
         raise ValueError(
@@ -37,7 +37,7 @@ def from_text(config: Any, stack: nn.Module, rows: int) -> Tensor:
 
 def from_vocabulary(stack: nn.Module, rows: int) -> Tensor:
     """The embeddings of tokens drawn from the vocabulary, (rows, d) fp32."""
-    table = embedding_of(stack)
+    table: Any = input_embedding(stack)
     return _looked_up(table, torch.randint(0, table.num_embeddings, (rows,)))
 
 
