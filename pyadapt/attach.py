@@ -72,8 +72,9 @@ def attach(model: nn.Module, plan: Plan, name: str, values: Mapping[str, Mapping
             unit = row.unit_class(plan.config, row.source, base, layer, torch.device("meta"), dtype)
             unit.follow(owners[row.source], row.source)
         units.append((layer, base, unit.train(layer.training)))
-    for _, _, unit in units:
-        unit.join([unit for _, _, unit in units])
+    every = [unit for _, _, unit in units]
+    for unit in every:
+        unit.join(every)
     # One memo for all copies keeps tied what is tied.
     memo: dict[int, Any] | None = {} if getattr(plan.config, "ensure_weight_tying", False) else None
     copies = [

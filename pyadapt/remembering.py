@@ -25,9 +25,11 @@ class Remembered:
             parameters: all that the value depends on.
             make: makes it.
         """
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            self._key = None
+            return make()
         every = list(parameters)
-        is_open = torch.is_grad_enabled() or torch.compiler.is_compiling()
-        if is_open or any(p.requires_grad or p.is_inference() for p in every):
+        if any(p.requires_grad or p.is_inference() for p in every):
             self._key = None
             return make()
         device = every[0].device.type

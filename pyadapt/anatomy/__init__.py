@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from ..discovery import import_submodules
 from .attending import AdaptedAttention, AttentionCall, AttentionUnit, Core
-from .attention import attention_of, self_attentions
+from .attention import attention_of, saying, self_attentions
 from .blocks import Blocks, blocks_of
 from .positions import Positions, PositionUnit, position_modules
 from .stack import Stack, decoder_of, token_stacks
@@ -29,6 +29,7 @@ __all__ = [
     "blocks_of",
     "decoder_of",
     "position_modules",
+    "saying",
     "self_attentions",
     "token_stacks",
 ]

@@ -218,6 +218,20 @@ class AdaptedAttention(AdaptedLayer):
         return (states.to(hidden.dtype), *outer.args[1:]), kwargs
 
 
+class RewrittenAttention(AdaptedAttention):
+    """Mixin of an attention whose products are in the midst of its forward.
+
+    Attributes:
+        attention: the forward, written anew for calls with units: it leads its products through `lead`.
+    """
+
+    attention: Callable[..., Any]
+
+    def frozen(self, *args: Any, **kwargs: Any) -> Any:
+        """See `AdaptedLayer.frozen`."""
+        return super().frozen(*args, **kwargs) if self.at_work is None else self.attention(*args, **kwargs)
+
+
 class RoutedConfig:
     """A configuration as an attention with units at work sees it: its attention function is `attend`."""
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import sys
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 from torch import nn
@@ -76,6 +78,14 @@ class Attention(Part):
         check_implementation(getattr(layer.config, "_attn_implementation", None))
 
 
+class OwnAttention(Attention):
+    """A self-attention that computes its products itself, in one way, to whose masks columns can be added."""
+
+    @classmethod
+    def check(cls, layer: Any) -> None:
+        """See `Attention.check`."""
+
+
 _HEAD_SIZES = ("head_dim", "head_size", "attention_head_size", "key_value_proj_dim")
 _HEAD_COUNTS = ("num_key_value_heads", "num_attention_heads", "num_heads", "n_heads")
 _KEYS = ("k_proj", "key", "k", "key_proj")
@@ -96,13 +106,22 @@ def register(kind: type[Attention]) -> type[Attention]:
     return kind
 
 
-def self_attentions(part: nn.Module, prefix: str = "") -> list[tuple[str, nn.Module]]:
-    """(path, module) of each self-attention in `part`, which lies at `prefix` in the model, in its order."""
+def self_attentions(part: nn.Module, prefix: str = "") -> list[tuple[str, nn.Module, type[Attention]]]:
+    """(path, module, kind) of each self-attention in `part`, which lies at `prefix` in the model, in its order."""
     return [
-        (f"{prefix}.{path}".strip("."), module)
+        (f"{prefix}.{path}".strip("."), module, kind)
         for path, module in base_modules(part)
-        if path and attention_of(module) is not None and not _is_cross(path, module)
+        if path and (kind := attention_of(module)) is not None and not _is_cross(path, module)
     ]
+
+
+@contextlib.contextmanager
+def saying(path: str) -> Iterator[None]:
+    """Inside the block, what is wrong is said to be so of the module at `path`."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def _is_cross(path: str, module: nn.Module) -> bool:

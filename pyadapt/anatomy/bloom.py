@@ -13,18 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..surgery import original_class
-from .attending import AdaptedAttention, AttentionCall
-from .attention import Attention, register
+from .attending import AttentionCall, RewrittenAttention
+from .attention import OwnAttention, register
 
 
-class AdaptedBloomAttention(AdaptedAttention):
+class AdaptedBloomAttention(RewrittenAttention):
     """Mixin of `BloomAttention`."""
 
-    def frozen(self, *args: Any, **kwargs: Any) -> Any:
-        """See `AdaptedLayer.frozen`."""
-        return super().frozen(*args, **kwargs) if self.at_work is None else self._attention(*args, **kwargs)
-
-    def _attention(
+    def attention(
         self,
         hidden_states: Tensor,
         residual: Tensor,
@@ -33,6 +29,7 @@ class AdaptedBloomAttention(AdaptedAttention):
         layer_past: Any = None,
         **unused: Any,
     ) -> tuple[Tensor, Any]:
+        """See `RewrittenAttention.attention`."""
         this: Any = self
         query, key, value = this._reshape(this.query_key_value(hidden_states))
         if layer_past is not None:
@@ -74,7 +71,7 @@ def slopes(heads: int) -> Tensor:
 
 
 @register
-class BloomAttention(Attention):
+class BloomAttention(OwnAttention):
     """`BloomAttention`."""
 
     mixin: ClassVar[type[nn.Module] | None] = AdaptedBloomAttention

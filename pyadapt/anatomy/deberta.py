@@ -13,18 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from ..surgery import original_class
-from .attending import AdaptedAttention, AttentionCall
-from .attention import Attention, register
+from .attending import AttentionCall, RewrittenAttention
+from .attention import OwnAttention, register
 
 
-class AdaptedDebertaAttention(AdaptedAttention):
+class AdaptedDebertaAttention(RewrittenAttention):
     """Mixin of DeBERTa's `DisentangledSelfAttention`, (B, H, L, D) inside."""
 
-    def frozen(self, *args: Any, **kwargs: Any) -> Any:
-        """See `AdaptedLayer.frozen`."""
-        return super().frozen(*args, **kwargs) if self.at_work is None else self._attention(*args, **kwargs)
-
-    def _attention(
+    def attention(
         self,
         hidden_states: Tensor,
         attention_mask: Tensor,
@@ -33,6 +29,7 @@ class AdaptedDebertaAttention(AdaptedAttention):
         relative_pos: Tensor | None = None,
         rel_embeddings: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
+        """See `RewrittenAttention.attention`."""
         query, key, value = self._projections(hidden_states, query_states)
         # Where the encoder gives no distances there is no term of relative position.
         relative = rel_embeddings if relative_pos is not None else None
@@ -103,14 +100,8 @@ class AdaptedDebertaV2Attention(AdaptedDebertaAttention):
         return scores
 
 
-class _Disentangled(Attention):
-    @classmethod
-    def check(cls, layer: Any) -> None:
-        """See `Attention.check`: there is but one implementation."""
-
-
 @register
-class DebertaAttention(_Disentangled):
+class DebertaAttention(OwnAttention):
     """`DisentangledSelfAttention` of DeBERTa."""
 
     mixin: ClassVar[type[nn.Module] | None] = AdaptedDebertaAttention
@@ -122,7 +113,7 @@ class DebertaAttention(_Disentangled):
 
 
 @register
-class DebertaV2Attention(_Disentangled):
+class DebertaV2Attention(OwnAttention):
     """`DisentangledSelfAttention` of DeBERTa-v2."""
 
     mixin: ClassVar[type[nn.Module] | None] = AdaptedDebertaV2Attention

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..surgery import original_class
 from .attending import AdaptedAttention, AttentionCall
-from .attention import Attention, register
+from .attention import Attention, OwnAttention, register
 
 
 class AdaptedGPTAttention(AdaptedAttention):
@@ -45,14 +45,8 @@ class AdaptedGPTJAttention(AdaptedGPTAttention):
         return super().with_units(units, args, {**kwargs, "position_ids": kwargs["position_ids"] + before})
 
 
-class _GPTAttention(Attention):
-    @classmethod
-    def check(cls, layer: Any) -> None:
-        """See `Attention.check`: there is but one implementation, and it takes masks."""
-
-
 @register
-class GPTNeoAttention(_GPTAttention):
+class GPTNeoAttention(OwnAttention):
     """`GPTNeoSelfAttention`; a prefix counts as tokens before the text also to its local layers."""
 
     mixin: ClassVar[type[nn.Module] | None] = AdaptedGPTAttention
@@ -64,7 +58,7 @@ class GPTNeoAttention(_GPTAttention):
 
 
 @register
-class GPTJAttention(_GPTAttention):
+class GPTJAttention(OwnAttention):
     """`GPTJAttention`."""
 
     mixin: ClassVar[type[nn.Module] | None] = AdaptedGPTJAttention

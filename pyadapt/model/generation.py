@@ -63,21 +63,23 @@ class Generation(Calls):
 
         It asks for what is longer than the cache, and counts the virtual tokens in that, which are none of the text.
         """
-        cache, length = kwargs.get("past_key_values"), next_sequence_length
-        if length is not None and cache is not None:
+        cache, length, n = kwargs.get("past_key_values"), next_sequence_length, self.adapter_state.prepended
+        # Asked with virtual tokens alone: a static cache keeps its length on the device.
+        if n and length is not None and cache is not None:
             by_embeds = inputs_embeds is not None and kwargs.get("is_first_iteration")
             total = (inputs_embeds if by_embeds else input_ids).shape[1]  # type: ignore[union-attr]
             cached = cache.get_seq_length()
             if cached and total - length == cached:
-                length += self.adapter_state.prepended
+                length += n
         given = {"next_sequence_length": length, "inputs_embeds": inputs_embeds}
         kwargs.update((name, value) for name, value in given.items() if value is not None)
         return super().prepare_inputs_for_generation(input_ids, *args, **kwargs)  # type: ignore[misc]
 
     def _prefill(self, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], **how: Any) -> Any:
         cache: Any = model_kwargs.get("past_key_values")
-        cached, n = 0 if cache is None else cache.get_seq_length(), self.adapter_state.prepended
-        if n and cached:
+        n = self.adapter_state.prepended
+        cached = cache.get_seq_length() if n and cache is not None else 0
+        if cached:
             # Going on from a cache, transformers cuts chunks by its length. From an assistant's it takes as many
             # tokens too many as there are virtual ones, which may be some of these.
             generation_config = copy.copy(generation_config)

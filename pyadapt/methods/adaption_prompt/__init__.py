@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from ...anatomy import attention_of, decoder_of, self_attentions
+from ...anatomy import attention_of, decoder_of, saying, self_attentions
 from ...base import Host
 from ...config import AdapterConfig
 from ...method import AdapterUnit, LayerMethod, register
@@ -38,12 +38,7 @@ class AdaptionPrompt(LayerMethod):
                 raise ValueError(f"AdaptionPromptConfig needs {option}")
         inside = decoder_of(model) or ""
         found = self_attentions(model.get_submodule(inside), inside)
-        decoding = []
-        for path, layer in found:
-            kind = attention_of(layer)
-            assert kind is not None
-            if kind.is_causal(layer):
-                decoding.append(path)
+        decoding = {path: (layer, kind) for path, layer, kind in found if kind.is_causal(layer)}
         if not decoding:
             raise ValueError(
                 f"LLaMA-Adapter is for decoders: no self-attention of this {type(model).__name__} says that it looks "
@@ -58,17 +53,10 @@ class AdaptionPrompt(LayerMethod):
             raise ValueError(f"target_modules={wanted!r} is no attention of this model; those are called {names}")
         if config.adapter_layers > len(chosen):
             raise ValueError(f"adapter_layers={config.adapter_layers}: the model has {len(chosen)} such layers")
-        saved = modules_to_save(config, model) or None
-        return config.replaced(target_modules=wanted, modules_to_save=saved), chosen[-config.adapter_layers :]
-
-    @staticmethod
-    def check(config: Any, model: nn.Module, paths: list[str]) -> None:
-        """See `LayerMethod.check`: units have to be led through the attentions as these are set up now."""
-        for path in paths:
-            layer = model.get_submodule(path)
-            kind = attention_of(layer)
-            assert kind is not None
-            try:
+        chosen = chosen[-config.adapter_layers :]
+        for path in chosen:
+            layer, kind = decoding[path]
+            with saying(path):
                 kind.check(layer)
-            except ValueError as error:
-                raise ValueError(f"{path}: {error}") from None
+        saved = modules_to_save(config, model) or None
+        return config.replaced(target_modules=wanted, modules_to_save=saved), chosen

@@ -15,6 +15,7 @@ from ...anatomy import (
     blocks_of,
     decoder_of,
     position_modules,
+    saying,
     self_attentions,
 )
 from ...base import Host
@@ -52,14 +53,10 @@ class PrefixTuning(PromptMethod):
         inside = decoder_of(model)
         part = model.get_submodule(inside or "")
         heads = {}
-        for path, layer in self_attentions(part, inside or ""):
-            kind = attention_of(layer)
-            assert kind is not None
-            try:
+        for path, layer, kind in self_attentions(part, inside or ""):
+            with saying(path):
                 kind.check(layer)
                 heads[path] = kind.heads(layer)
-            except ValueError as error:
-                raise ValueError(f"{path}: {error}") from None
         if not heads:
             raise ValueError(
                 f"this {type(model).__name__} has no self-attention of transformers, so there is nothing that could "

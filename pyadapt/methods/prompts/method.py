@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from ...anatomy import Stack, attention_of, position_modules, self_attentions, token_stacks
+from ...anatomy import Stack, position_modules, self_attentions, token_stacks
 from ...base import Host
 from ...config import TaskType
 from ...prompt_learning import PromptMethod, check_length
@@ -39,6 +39,7 @@ class InputPromptMethod(PromptMethod):
             raise ValueError(f"num_transformer_submodules=2: this {type(model).__name__} is no encoder with a decoder")
         settings: Any = getattr(first, "config", None)
         attentions = self_attentions(first)
+        looks_back = any(kind.is_causal(layer) for _, layer, kind in attentions)
         config = config.replaced(
             token_dim=width,
             num_transformer_submodules=config.num_transformer_submodules or _submodules(config, not alone),
@@ -46,7 +47,7 @@ class InputPromptMethod(PromptMethod):
             num_attention_heads=config.num_attention_heads or getattr(settings, "num_attention_heads", None),
             encoder_hidden_size=getattr(config, "encoder_hidden_size", None) or width,
             parts=dict(zip(stacks, (ALONE,) if alone else (ENCODER, DECODER), strict=True)),
-            first_stands=config.task_type == TaskType.SEQ_CLS and alone and not _is_causal(attentions),
+            first_stands=config.task_type == TaskType.SEQ_CLS and alone and not looks_back,
         )
         check_length(config, position_modules(first))
         return config, stacks
@@ -60,8 +61,3 @@ def total_tokens(config: Any) -> int:
 def _submodules(config: Any, both: bool) -> int:
     """PEFT asks the task, not the model."""
     return 2 if both and config.task_type == TaskType.SEQ_2_SEQ_LM else 1
-
-
-def _is_causal(attentions: list[tuple[str, nn.Module]]) -> bool:
-    kinds = [(attention_of(module), module) for _, module in attentions]
-    return any(kind is not None and kind.is_causal(module) for kind, module in kinds)
