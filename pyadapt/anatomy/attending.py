@@ -218,20 +218,6 @@ class AdaptedAttention(AdaptedLayer):
         return (states.to(hidden.dtype), *outer.args[1:]), kwargs
 
 
-class RewrittenAttention(AdaptedAttention):
-    """Mixin of an attention whose products are in the midst of its forward.
-
-    Attributes:
-        attention: the forward, written anew for calls with units: it leads its products through `lead`.
-    """
-
-    attention: Callable[..., Any]
-
-    def frozen(self, *args: Any, **kwargs: Any) -> Any:
-        """See `AdaptedLayer.frozen`."""
-        return super().frozen(*args, **kwargs) if self.at_work is None else self.attention(*args, **kwargs)
-
-
 class RoutedConfig:
     """A configuration as an attention with units at work sees it: its attention function is `attend`."""
 
@@ -279,3 +265,18 @@ def _function(cls: type, implementation: str) -> Any:
     if implementation == "eager":
         return names["eager_attention_forward"]
     return names["ALL_ATTENTION_FUNCTIONS"][implementation]
+
+
+# Behind `attend`, which making a subclass registers where transformers is there already.
+class RewrittenAttention(AdaptedAttention):
+    """Mixin of an attention whose products are in the midst of its forward.
+
+    Attributes:
+        attention: the forward, written anew for calls with units: it leads its products through `lead`.
+    """
+
+    attention: Callable[..., Any]
+
+    def frozen(self, *args: Any, **kwargs: Any) -> Any:
+        """See `AdaptedLayer.frozen`."""
+        return super().frozen(*args, **kwargs) if self.at_work is None else self.attention(*args, **kwargs)
