@@ -10,7 +10,8 @@ The adapter called "default" lies in the folder itself, any other in a folder of
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,6 +21,8 @@ from torch import Tensor, nn
 from . import kohya
 from .biases import COPY, biased_modules, is_bias_copy, own_bias
 from .config import AdapterConfig
+from .distributed.agreement import rank
+from .distributed.sharding import sharding_of, whole, whole_shape
 from .files import (
     ADAPTER_WEIGHTS_FILE,
     AdapterFileError,
@@ -31,7 +34,7 @@ from .files import (
     write_safetensors,
     write_text,
 )
-from .layer import AdaptedLayer, SavedModule, adapted_layers, saved_modules
+from .layer import WRAPPED, AdaptedLayer, SavedModule, adapted_layers, saved_modules, unwrapped
 from .method import METHODS
 from .placement import is_offloaded
 from .planning import LayerPlan, Plan, make_plan
@@ -99,20 +102,51 @@ def adapter_state_dict(
     """The tensors of one adapter under their keys in a PEFT file.
 
     Args:
-        model: a wrapped model.
+        model: a wrapped model. Where it is sharded and no state dict is given, every rank has to come here.
         name: the adapter.
-        state_dict: the whole model's state dict where an engine has gathered it; by default the live parameters.
+        state_dict: the whole model's state dict where an engine has gathered it; by default the live parameters, of
+            which copies on the CPU are gathered where they are sharded.
     """
-    found = {}
-    for key, own_name, tensor in _places(model, name):
-        if state_dict is not None and own_name not in state_dict:
-            raise AdapterFileError(f"the state dict to save from lacks {own_name}")
-        found[key] = tensor if state_dict is None else state_dict[own_name]
+    if state_dict is not None:
+        return _from_state_dict(model, name, state_dict)
+    sharded = sharding_of(model) is not None
+    found: dict[str, Tensor] = {}
+    for key, tensor in _places(model, name):
+        found[key] = _copied(tensor) if sharded else tensor
     found.update(_mirrors(model, name, found))
-    for key, (own_name, tensor) in stored_weights(model, name).items():
-        if state_dict is None or own_name in state_dict:
-            found.setdefault(f"{KEY_PREFIX}{key}", tensor if state_dict is None else state_dict[own_name])
+    for key, (_, module, tensor) in stored_weights(model, name).items():
+        if f"{KEY_PREFIX}{key}" not in found:
+            with whole(model, [module]):
+                found[f"{KEY_PREFIX}{key}"] = _copied(module.weight) if sharded else tensor
     return found
+
+
+def _from_state_dict(model: nn.Module, name: str, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`adapter_state_dict` out of the state dict of the whole model."""
+    given = {_without_wrappers(own_name): tensor for own_name, tensor in state_dict.items()}
+    found: dict[str, Tensor] = {}
+    for key, own_name in _names(model, name, given):
+        if own_name not in given:
+            raise AdapterFileError(
+                f"the state dict to save from, on rank {rank()}, lacks {own_name}: leave the argument out, on every "
+                "rank, and what is needed is gathered"
+            )
+        found[key] = given[own_name]
+    found.update(_mirrors(model, name, found))
+    for key, (own_name, _, _) in stored_weights(model, name).items():
+        if own_name in given:
+            found.setdefault(f"{KEY_PREFIX}{key}", given[own_name])
+    return found
+
+
+def _without_wrappers(own_name: str) -> str:
+    """A name in the state dict of a wrapper, such as DDP's or FSDP1's, as it is in the model's own."""
+    parts = [part for part in own_name.split(".") if part not in WRAPPED]
+    return ".".join(parts[1:] if parts[0] == "module" else parts)
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    return torch.empty_like(tensor, device="cpu").copy_(tensor.detach())
 
 
 def as_in_file(model: Any, name: str, state_dict: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
@@ -129,19 +163,28 @@ def save_adapter(
     config: AdapterConfig,
     state_dict: Mapping[str, Tensor] | None = None,
     as_plain_lora: bool = False,
+    writes: bool = True,
 ) -> None:
     """Write one adapter below `folder`; each file appears whole or not at all.
+
+    Where the model is sharded and no state dict is given, every rank has to come here; those without `writes` help to
+    gather.
 
     Raises:
         AdapterFileError: a tensor has no values here (it is on the meta device, or another process holds it).
         ValueError: `as_plain_lora` of an adapter that cannot be one; see `LayerMethod.as_plain_lora`.
     """
     tensors = adapter_state_dict(model, name, state_dict)
+    if not writes:
+        return
     empty = _empty_by_rights(model, name, config)
     for key, tensor in tensors.items():
         if tensor.is_meta or (tensor.numel() == 0 and tuple(tensor.shape) != empty.get(key)):
             state = "on the meta device" if tensor.is_meta else f"of shape {tuple(tensor.shape)}"
-            raise AdapterFileError(f"cannot save adapter {name!r}: {key} is {state}; gather the weights first")
+            raise AdapterFileError(
+                f"cannot save adapter {name!r}: {key} is {state} on rank {rank()}, and not whole; call save_pretrained "
+                "on every rank, without a state dict, and it is gathered"
+            )
     method = METHODS[config.peft_type]
     config, tensors = method.as_saved(model, name, config, tensors, KEY_PREFIX)
     if as_plain_lora:
@@ -227,9 +270,9 @@ def fitted(
         raise _does_not_fit(where, model, f" {error}") from error
     wanted = dict(_expected_shapes(model, plan))
     tensors = without_repetitions(model, _under_present_keys(tensors, plan), KEY_PREFIX)
-    for key, weight in weight_places(model).items():
+    for key, module in weight_places(model).items():
         if f"{KEY_PREFIX}{key}" in tensors:
-            wanted.setdefault(f"{KEY_PREFIX}{key}", tuple(weight.shape))
+            wanted.setdefault(f"{KEY_PREFIX}{key}", whole_shape(module.weight))
     again = _held_again(model, plan, tensors)
     problems = [
         f"  differs:   {key} is a second copy of a tied weight, but has other values than the first"
@@ -251,7 +294,7 @@ def check_values(model: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> 
     Raises:
         AdapterFileError: tensors missing, extra or misshapen, all listed.
     """
-    own = {key: place for key, _, place in _places(model, name)}
+    own = {key: torch.empty(place.shape, device="meta") for key, place in _places(model, name)}
     wanted = {key: tuple(place.shape) for key, place in {**own, **_mirrors(model, name, own)}.items()}
     beside = {f"{KEY_PREFIX}{key}" for key in weight_places(model)} - wanted.keys()
     problems = _differences(wanted, {key: tensor for key, tensor in tensors.items() if key not in beside})
@@ -265,45 +308,86 @@ def fill_adapter(model: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> 
     Raises:
         AdapterFileError: their places are on the meta device, where values are lost; nothing was copied.
     """
-    lost = [key for key, _, place in _places(model, name) if place.is_meta and key in tensors]
+    lost = [key for key, place in _places(model, name) if place.is_meta and key in tensors]
     if lost:
         raise AdapterFileError(
             f"adapter {name!r} cannot be filled, for the model has no values itself, and so neither has "
             f"{', '.join(lost)}: load the model first, or pass low_cpu_mem_usage=True to keep what the file holds"
         )
-    places = {key: place for key, _, place in _places(model, name)}
+    filled = set()
     with torch.no_grad():
-        for key, place in places.items():
+        for key, place in _places(model, name, write=True):
+            filled.add(key)
             if key in tensors:
                 place.copy_(tensors[key])
-    for below, weight in weight_places(model).items():
+    for below, module in weight_places(model).items():
         key = f"{KEY_PREFIX}{below}"
-        if key in tensors and key not in places:
-            fill_weight(key, weight, tensors[key])
+        if key in tensors and key not in filled:
+            with whole(model, [module], write=True):
+                fill_weight(key, module.weight, tensors[key])
 
 
 def _does_not_fit(where: str, model: nn.Module, why: str) -> AdapterFileError:
     return AdapterFileError(f"the adapter {where} does not fit this {type(model).__name__}:{why}")
 
 
-def _places(model: nn.Module, name: str) -> Iterator[tuple[str, str, Tensor]]:
-    """(key in a file, name in the model's state dict, the live tensor) of all that belongs to an adapter."""
+def _places(model: nn.Module, name: str, write: bool = False) -> Iterator[tuple[str, Tensor]]:
+    """(key in a file, the live tensor) of all that belongs to an adapter.
+
+    Where the model is sharded, each tensor is whole until the next is asked for, and every rank has to go through all
+    of them; `write` is that of `Sharding.whole`.
+    """
+    sharding = sharding_of(model)
+
+    def having(modules: Iterable[nn.Module]) -> AbstractContextManager[None]:
+        return nullcontext() if sharding is None else sharding.whole(list(modules), write)
+
     for path, layer in adapted_layers(model):
         unit = layer.unit(name)
         if unit is None or unit.source is not None:
             continue
-        for attribute, parameter in unit.named_parameters(recurse=False):
-            suffix = unit.file_keys[attribute]
-            yield f"{KEY_PREFIX}{path}.{suffix}", f"{path}.adapters.{name}.{attribute}".lstrip("."), parameter
+        with having([unit]):
+            for attribute, parameter in unit.named_parameters(recurse=False):
+                yield f"{KEY_PREFIX}{path}.{unit.file_keys[attribute]}", parameter
     for path, module in saved_modules(model):
         if name in module.copies:
-            for key, tensor in module.copies[name].state_dict(keep_vars=True).items():
-                yield f"{KEY_PREFIX}{path}.{key}", f"{path}.copies.{name}.{key}", tensor
+            copy = unwrapped(module.copies[name])
+            with having(copy.modules()):
+                for key, tensor in copy.state_dict(keep_vars=True).items():
+                    yield f"{KEY_PREFIX}{path}.{key}", tensor
     for path, biased in biased_modules(model):
-        copy = biased._parameters.get(COPY + name)
-        if copy is not None:
+        if COPY + name in biased._parameters:
+            with having([biased]):
+                adapted = isinstance(biased, AdaptedLayer) and biased.unit(name) is not None
+                yield _bias_key(path, adapted), biased.get_parameter(COPY + name)
+
+
+def _names(model: Any, name: str, given: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """(key in a file, name in the model's state dict) of all that belongs to an adapter; no rank waits for another.
+
+    Args:
+        model: a wrapped model.
+        name: the adapter.
+        given: names in a state dict; it says what a module that is trained whole has in it.
+    """
+    for path, layer in adapted_layers(model):
+        unit = layer.unit(name)
+        if unit is not None and unit.source is None:
+            # Not from the unit itself, whose parameters an engine may have put elsewhere.
+            for attribute in unit.shapes(model.peft_config[name], path, layer.base, layer):
+                yield (
+                    f"{KEY_PREFIX}{path}.{unit.file_keys[attribute]}",
+                    f"{path}.adapters.{name}.{attribute}".lstrip("."),
+                )
+    for path, module in saved_modules(model):
+        if name in module.copies:
+            start = f"{path}.copies.{name}."
+            for own_name in [own_name for own_name in given if own_name.startswith(start)] or [f"{start}weight"]:
+                yield f"{KEY_PREFIX}{path}.{own_name.removeprefix(start)}", own_name
+    for path, biased in biased_modules(model):
+        if COPY + name in biased._parameters:
             adapted = isinstance(biased, AdaptedLayer) and biased.unit(name) is not None
-            yield _bias_key(path, adapted), f"{path}.{COPY}{name}".lstrip("."), copy
+            yield _bias_key(path, adapted), f"{path}.{COPY}{name}".lstrip(".")
 
 
 def _mirrors(model: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -350,10 +434,10 @@ def _expected_shapes(model: nn.Module, plan: Plan) -> Iterator[tuple[str, tuple[
     for path in plan.saved:
         module = model.get_submodule(path)
         for key, tensor in _own_state(module):
-            yield f"{KEY_PREFIX}{path}.{key}", tuple(tensor.shape)
+            yield f"{KEY_PREFIX}{path}.{key}", whole_shape(tensor)
     adapted = {layer.path for layer in plan.layers}
     for path in plan.biases:
-        yield _bias_key(path, path in adapted), tuple(own_bias(model.get_submodule(path)).shape)
+        yield _bias_key(path, path in adapted), whole_shape(own_bias(model.get_submodule(path)))
 
 
 def _own_state(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -12,6 +12,9 @@ from .method import AdapterUnit
 from .rows import Rows
 from .surgery import adopt, release
 
+# Under these names wrappers of FSDP1, torch.compile and activation checkpointing have the module inside.
+WRAPPED = ("_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module")
+
 
 class LiveDict(nn.ModuleDict):
     """A `ModuleDict` that knows which of its entries are at work.
@@ -99,7 +102,7 @@ class AdaptedLayer(nn.Module):
         """The unit of the adapter called `name`, or None."""
         if name not in self.adapters:
             return None
-        return cast(AdapterUnit, self.adapters[name])
+        return cast(AdapterUnit, unwrapped(self.adapters[name]))
 
 
 def add_unit(layer: nn.Module, base: type[Host], name: str, unit: AdapterUnit) -> None:
@@ -160,13 +163,26 @@ def restore_module(module: SavedModule) -> None:
     del module.copies
 
 
+def unwrapped(module: nn.Module) -> nn.Module:
+    """What is inside the wrappers that FSDP1, torch.compile and activation checkpointing put around a module."""
+    while True:
+        inner = next((module._modules[name] for name in WRAPPED if name in module._modules), None)
+        if inner is None:
+            return module
+        module = inner
+
+
 def base_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """(path, module) of the user's own modules, in the model's order: the root and all but what adapters have added."""
+    """(path, module) of the user's own modules, in the model's order: the root and all but what adapters have added.
+
+    Paths are those from before an engine put wrappers around modules.
+    """
     found: list[tuple[str, nn.Module]] = []
     seen: set[nn.Module] = set()
 
     # Not named_modules: with many adapters most modules are units, which would be visited to be passed over.
     def visit(path: str, module: nn.Module) -> None:
+        module = unwrapped(module)
         seen.add(module)
         found.append((path, module))
         for name, child in module._modules.items():

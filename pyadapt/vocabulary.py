@@ -38,8 +38,8 @@ _AGAIN = re.compile(
 )
 
 
-def stored_weights(model: Any, name: str) -> dict[str, tuple[str, Tensor]]:
-    """Key below the model -> (name in the model's state dict, tensor) of the weights to write with an adapter.
+def stored_weights(model: Any, name: str) -> dict[str, tuple[str, Any, Tensor]]:
+    """Key below the model -> (name in its state dict, the embedding, its weight) of those to write with an adapter.
 
     Args:
         model: a wrapped model.
@@ -56,13 +56,13 @@ def stored_weights(model: Any, name: str) -> dict[str, tuple[str, Tensor]]:
         if isinstance(module, SavedModule) or (targeted and unit is None):
             continue
         place = _PLACES[0] if unit is None else _PLACES[2] if isinstance(unit, TokenUnit) else _PLACES[1]
-        found[f"{path}.{place}"] = (f"{path}.weight", _before_merging(module, model))
+        found[f"{path}.{place}"] = (f"{path}.weight", module, _before_merging(module, model))
     return found
 
 
-def weight_places(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Every key under which a file may hold the weight of an embedding -> that weight."""
-    return {f"{path}.{place}": module.weight for path, module in _embeddings(model) for place in _PLACES}
+def weight_places(model: nn.Module) -> dict[str, Any]:
+    """Every key under which a file may hold the weight of an embedding -> that embedding."""
+    return {f"{path}.{place}": module for path, module in _embeddings(model) for place in _PLACES}
 
 
 def without_repetitions(model: nn.Module, tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

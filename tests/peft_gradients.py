@@ -12,7 +12,7 @@ from pyadapt.checkpoint import _places
 
 def our_gradients(model: Any, name: str = "default") -> dict[str, Tensor]:
     """File key -> gradient of each trained parameter."""
-    return {key: place.grad for key, _, place in _places(model, name)}
+    return {key: place.grad for key, place in _places(model, name)}
 
 
 def peft_gradients(twin: Any, name: str = "default") -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
 from collections.abc import Sequence
@@ -10,6 +11,8 @@ from typing import Any
 from torch import Tensor
 
 from .. import checkpoint
+from ..distributed import agreement
+from ..distributed.sharding import sharding_of
 from ..files import Path
 from .adapters import AdapterVerbs
 
@@ -33,7 +36,8 @@ class FileVerbs(AdapterVerbs):
         Args:
             save_directory: "default" goes here, any other adapter into a folder of its name below.
             selected_adapters: names of the adapters to write.
-            state_dict: the whole model's state dict where an engine has gathered it.
+            state_dict: the whole model's state dict where an engine has gathered it. Without it, every rank of a
+                sharded model has to call: what is needed is gathered, and rank 0 writes.
             is_main_process: other processes write nothing.
             push_to_hub: upload the folder afterwards; `repo_id`, `token`, `private`, `commit_message` are passed on.
             as_plain_lora: write an adapter that started from its layers' weights (PiSSA, OLoRA) as a plain LoRA of
@@ -47,16 +51,18 @@ class FileVerbs(AdapterVerbs):
         if os.path.isfile(save_directory):
             raise ValueError(f"{os.fspath(save_directory)} is a file; a folder is needed")
         plain = as_plain_lora or path_initial_model_for_weight_conversion is not None
-        if is_main_process:
-            for name in names:
-                checkpoint.save_adapter(self, save_directory, name, self.peft_config[name], state_dict, plain)
-            if push_to_hub:
-                hub = {key: kwargs[key] for key in ("token", "private", "commit_message") if key in kwargs}
-                _upload(
-                    save_directory,
-                    kwargs.get("repo_id") or os.path.basename(os.path.abspath(save_directory)),
-                    **hub,
-                )
+        sharding = sharding_of(self) if state_dict is None else None
+        if sharding is not None:
+            # What each rank holds is a part: all come here and gather, and the first writes.
+            agreement.agree("saving the adapters", {"adapters": names})
+            is_main_process = is_main_process and agreement.rank() == 0
+        for name in names if is_main_process or sharding is not None else ():
+            with agreement.together(f"saving adapter {name!r}") if sharding is not None else contextlib.nullcontext():
+                config = self.peft_config[name]
+                checkpoint.save_adapter(self, save_directory, name, config, state_dict, plain, writes=is_main_process)
+        if is_main_process and push_to_hub:
+            hub = {key: kwargs[key] for key in ("token", "private", "commit_message") if key in kwargs}
+            _upload(save_directory, kwargs.get("repo_id") or os.path.basename(os.path.abspath(save_directory)), **hub)
 
     def push_to_hub(self, repo_id: str, **hub: Any) -> None:
         """Upload the adapters to the hub repository `repo_id` (`token`, `private`, `commit_message`)."""

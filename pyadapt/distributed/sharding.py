@@ -1,0 +1,73 @@
+"""What an engine that shards parameters is to the rest of pyadapt: it can show the parameters of modules whole.
+
+A file beside this one for each engine (`zero3`, `fsdp1`, `fsdp2`); each registers itself. Nothing else in the package
+knows what a shard looks like.
+"""
+
+from __future__ import annotations
+
+import abc
+import contextlib
+import importlib
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+# Each engine's file, beside the module without which no model is sharded by it, which is not imported for the question.
+_ENGINES = {"zero3": "deepspeed", "fsdp2": "torch.distributed.tensor", "fsdp1": "torch.distributed.fsdp"}
+
+
+class Sharding(abc.ABC):
+    """How one engine holds the parameters of one model.
+
+    Every method whose name does not say otherwise is a collective: every rank has to come there.
+
+    Args:
+        model: the model, or any module in it.
+    """
+
+    name: ClassVar[str]
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    @classmethod
+    @abc.abstractmethod
+    def holds(cls, model: nn.Module) -> bool:
+        """Whether this engine keeps parameters of `model` in shards; asked by each rank for itself."""
+
+    @abc.abstractmethod
+    def whole(self, modules: Sequence[nn.Module], write: bool = False) -> contextlib.AbstractContextManager[None]:
+        """Inside the block, the own parameters of `modules` have all their values, on every rank.
+
+        Parameters must be read from their module inside the block, and not be kept.
+
+        Args:
+            modules: modules of the model; those inside them are not meant.
+            write: whether what is written to the parameters is to be kept; every rank has to write the same.
+        """
+
+
+@contextlib.contextmanager
+def whole(model: nn.Module, modules: Sequence[nn.Module], write: bool = False) -> Iterator[None]:
+    """`Sharding.whole` for a model that may be sharded or not; where it is not, nothing happens."""
+    sharding = sharding_of(model)
+    with contextlib.nullcontext() if sharding is None else sharding.whole(modules, write):
+        yield
+
+
+def sharding_of(model: nn.Module) -> Sharding | None:
+    """How the parameters of `model` are sharded, or None where each rank has them all."""
+    for engine, needed in _ENGINES.items():
+        if needed in sys.modules:
+            kind: Any = importlib.import_module(f"{__package__}.{engine}").SHARDING
+            if kind.holds(model):
+                return kind(model)
+    return None
+
+
+def whole_shape(tensor: Tensor) -> tuple[int, ...]:
+    """The shape of a parameter with all its values; ZeRO-3 leaves an empty one in place and the shape beside it."""
+    return tuple(getattr(tensor, "ds_shape", tensor.shape))

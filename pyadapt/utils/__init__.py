@@ -1,0 +1,1 @@
+"""PEFT's places for names that scripts import from below `peft.utils`."""

@@ -1,0 +1,22 @@
+"""What the server of `gang` imports once for all ranks."""
+
+import logging
+import os
+import warnings
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+warnings.simplefilter("ignore")
+
+import accelerate  # noqa: E402, F401
+import deepspeed  # noqa: E402
+import torch  # noqa: E402
+import torch.distributed.checkpoint  # noqa: E402
+import torch.distributed.fsdp  # noqa: E402
+import transformers  # noqa: E402
+
+import pyadapt  # noqa: E402, F401
+
+torch.set_num_threads(1)
+transformers.utils.logging.set_verbosity_error()
+transformers.utils.logging.disable_progress_bar()
+deepspeed.utils.logger.setLevel(logging.ERROR)
