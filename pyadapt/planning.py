@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +13,8 @@ from torch import Tensor, nn
 from .base import Host, base_of
 from .biases import is_bias_copy, own_bias, plan_biases
 from .config import AdapterConfig
+from .distributed import agreement
+from .distributed.sharding import engine_of
 from .layer import AdaptedLayer, SavedModule, base_modules
 from .method import METHODS, AdapterUnit, LayerMethod, Preparation
 from .placement import hooks_of, preloaded_block
@@ -112,6 +116,17 @@ class Plan:
             "all_parameters": self.all_parameters,
         }
 
+    def summary(self) -> dict[str, Any]:
+        """What ranks that plan the same adapter have in common, in short: what it is called -> its value."""
+        shapes = {row.path: [row.unit_class.__qualname__, *map(str, row.shapes.items())] for row in self.layers}
+        config = {f"{key} of the configuration": str(value) for key, value in self.config.to_dict().items()}
+        return {
+            **config,
+            "the number of adapted layers": len(self.layers),
+            "the number of trained values": self.trainable_parameters,
+            "the layers and their shapes": hashlib.sha256(json.dumps(shapes).encode()).hexdigest()[:12],
+        }
+
     def as_table(self) -> list[dict[str, str]]:
         """A row a layer, then what is trained whole, each a dict from column to text; `pandas.DataFrame` takes it."""
         rows = [
@@ -176,11 +191,19 @@ def make_plan(model: nn.Module, config: AdapterConfig, *, trained: bool = True) 
 def prepare(model: nn.Module, config: AdapterConfig, data: Any = None) -> Preparation:
     """Plan a fresh adapter and work out what it starts from; nothing is changed.
 
+    Ranks that a launcher started as one script have to come with the same plan.
+
     Raises:
         ValueError: the configuration does not fit the model or the data.
+        RankError: ranks plan different adapters, or one of them failed.
         RuntimeError: the model is in a state that cannot be wrapped.
     """
-    plan = make_plan(model, config)
+    if agreement.is_one_script():
+        with agreement.together("planning the adapter"):
+            plan = make_plan(model, config)
+        agreement.agree("planning the adapter", plan.summary())
+    else:
+        plan = make_plan(model, config)
     return plan.method.prepare(plan, model, data)
 
 
@@ -196,8 +219,12 @@ def check_wrappable(model: nn.Module) -> None:
             f"accelerate brings all weights inside {block!r} at once, and would look for the adapters' among them: "
             "dispatch the model without preload_module_classes"
         )
-    if any(hasattr(parameter, "device_mesh") for parameter in model.parameters()):
-        raise RuntimeError("this model is sharded already: wrap it first, then shard it")
+    engine = engine_of(model)
+    if engine is not None:
+        raise RuntimeError(
+            f"this model is sharded already: wrap it first, then shard it ({engine} has it in hand, and would not see "
+            "what is added now)"
+        )
 
 
 def _check_not_on_disk(path: str, base: type[Host], layer: nn.Module) -> None:

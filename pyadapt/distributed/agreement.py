@@ -12,7 +12,6 @@ import os
 import time
 from collections import Counter
 from collections.abc import Iterator
-from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
@@ -31,6 +30,15 @@ class RankError(RuntimeError):
 def is_distributed() -> bool:
     """Whether this process is one of several that form a process group."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def is_one_script() -> bool:
+    """Whether a launcher started the ranks as one script, so that all of them come to each of its lines.
+
+    PYADAPT_CHECK_RANKS=0 says that they do not.
+    """
+    asked = os.environ.get("PYADAPT_CHECK_RANKS", "1") != "0"
+    return asked and is_distributed() and os.environ.get("WORLD_SIZE") == str(dist.get_world_size())
 
 
 def rank() -> int:
@@ -53,9 +61,29 @@ def meet(subject: str, value: Any) -> list[Any]:
     store = dist.distributed_c10d._get_default_store()
     _meetings[subject] += 1
     prefix = f"pyadapt/{subject}/{_meetings[subject]}"
-    store.set(f"{prefix}/{rank()}", json.dumps(value))
+    everyone = range(dist.get_world_size())
+    keys = [f"{prefix}/{other}" for other in everyone]
+    read = [f"{prefix}/{other}/read" for other in everyone]
+    try:
+        store.set(keys[rank()], json.dumps(value))
+        _await(store, keys, subject)
+        values = [json.loads(store.get(key)) for key in keys]
+        store.set(read[rank()], "")
+        if rank() == 0:
+            # The store most often lives in this process, which may end now: not before all have read.
+            _await(store, read, subject)
+    except dist.DistNetworkError as error:
+        raise RankError(f"{subject}: the rank that keeps the process group's store (0) is gone: {error}") from None
+    return values
+
+
+def _await(store: Any, keys: list[str], subject: str) -> None:
+    """Wait until the store has a key for each rank.
+
+    It is asked again and again: a wait of the store's own that runs out of time may leave its connection unusable.
+    """
     deadline = time.monotonic() + float(os.environ.get("PYADAPT_RANK_TIMEOUT", TIMEOUT))
-    keys = [f"{prefix}/{other}" for other in range(dist.get_world_size())]
+    pause = 0.001
     while not store.check(keys):
         if time.monotonic() > deadline:
             missing = [str(other) for other, key in enumerate(keys) if not store.check([key])]
@@ -63,9 +91,8 @@ def meet(subject: str, value: Any) -> list[Any]:
                 f"{subject}: rank {', '.join(missing)} did not come here, where every rank has to; look at its "
                 "output, or for a branch of the script that it alone takes (`if is_main_process`)"
             )
-        with contextlib.suppress(dist.DistStoreError):
-            store.wait(keys, timedelta(seconds=1))
-    return [json.loads(store.get(key)) for key in keys]
+        time.sleep(pause)
+        pause = min(2 * pause, 0.1)
 
 
 def agree(subject: str, value: dict[str, Any]) -> None:

@@ -29,6 +29,8 @@ class Sharding(abc.ABC):
     """
 
     name: ClassVar[str]
+    # Whether a model may be made in shards, before any engine has it in hand.
+    shards_plain_models: ClassVar[bool] = False
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -49,6 +51,28 @@ class Sharding(abc.ABC):
             write: whether what is written to the parameters is to be kept; every rank has to write the same.
         """
 
+    @abc.abstractmethod
+    def gradients(self, modules: Sequence[nn.Module]) -> list[dict[str, Tensor | None]]:
+        """The gradients of the own parameters of each of `modules`, whole, as the latest optimizer step has used them.
+
+        That is before they are zeroed, and after they were clipped. By name of the parameter; None where no rank has
+        one.
+
+        Args:
+            modules: modules of the model; those inside them are not meant.
+        """
+
+    @abc.abstractmethod
+    def keep(self, modules: Sequence[nn.Module]) -> list[tuple[Any, Tensor]]:
+        """Copies of what this rank holds of the own parameters of `modules`, for `put_back`; no collective.
+
+        An engine that cannot take a module's part alone keeps that of the whole unit it is in.
+        """
+
+    @abc.abstractmethod
+    def put_back(self, kept: Sequence[tuple[Any, Tensor]]) -> None:
+        """Give the parameters, bit for bit, the values that `keep` has copied; no collective."""
+
 
 @contextlib.contextmanager
 def whole(model: nn.Module, modules: Sequence[nn.Module], write: bool = False) -> Iterator[None]:
@@ -66,6 +90,23 @@ def sharding_of(model: nn.Module) -> Sharding | None:
             if kind.holds(model):
                 return kind(model)
     return None
+
+
+def engine_of(model: nn.Module) -> str | None:
+    """The engine that runs `model` already, as its errors call it; None where none does.
+
+    Partitioned parameters alone are no engine: models may be made so (`deepspeed.zero.Init`).
+    """
+    wrapper = type(model).__name__
+    if wrapper in ("DistributedDataParallel", "FullyShardedDataParallel", "DeepSpeedEngine"):
+        return wrapper
+    # DeepSpeed's engine leaves a hook on its model.
+    if any(
+        getattr(hook, "__qualname__", "").startswith("DeepSpeedEngine.") for hook in model._forward_pre_hooks.values()
+    ):
+        return "DeepSpeedEngine"
+    sharding = sharding_of(model)
+    return None if sharding is None or sharding.shards_plain_models else sharding.name
 
 
 def whole_shape(tensor: Tensor) -> tuple[int, ...]:

@@ -8,8 +8,10 @@ from torch import nn
 
 from ..surgery import adopt, is_adopted_by
 from .calls import Calls
+from .checkpoints import Checkpoints, take_state_dicts_without_base
 from .diffusion import DiffusionVerbs
 from .generation import Generation
+from .ranks import Ranks
 from .reports import Reports
 from .saving import FileVerbs
 from .schedules import Schedules
@@ -26,7 +28,7 @@ __all__ = [
 ]
 
 
-class AdaptedModel(FileVerbs, Reports, Schedules, Calls):
+class AdaptedModel(FileVerbs, Reports, Schedules, Calls, Ranks, Checkpoints):
     """Mixin of a wrapped model. The object, its class name and its state-dict keys stay those of the user's model."""
 
 
@@ -51,6 +53,7 @@ def make_adapted(model: nn.Module) -> AdaptedModel:
     model.peft_config = {}
     model.adapter_state = AdapterState(trained_before=trained)
     model._hf_peft_config_loaded = True
+    take_state_dicts_without_base(model)
     model.requires_grad_(False)
     if checkpointing and hasattr(model, "enable_input_require_grads"):
         # A checkpointed block whose inputs need no gradient is skipped by backward, and nothing would train; diffusers

@@ -1,0 +1,109 @@
+"""What the launcher, accelerate or transformers have said about the training to come, and whether it can go well.
+
+Asked when a model is wrapped and when it starts to train. Nothing is imported for the question: where accelerate was
+never imported it has said nothing but what its launcher left in the environment.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import re
+import sys
+from typing import Any
+
+# The least version of what drives each engine: older ones lack what pyadapt or the engine itself needs here.
+LEAST = {
+    "zero3": {"deepspeed": (0, 16), "accelerate": (1, 1)},
+    "fsdp1": {"torch": (2, 6), "accelerate": (1, 1)},
+    "fsdp2": {"torch": (2, 6), "accelerate": (1, 6)},
+}
+
+
+def engine_to_come() -> str | None:
+    """The engine that will shard the model: "zero3", "fsdp1", "fsdp2"; None where none will, or it cannot be known."""
+    state = _accelerator_state()
+    kind = getattr(state.get("distributed_type"), "value", None)
+    if kind == "FSDP":
+        return f"fsdp{getattr(state.get('fsdp_plugin'), 'fsdp_version', 1)}"
+    if kind == "DEEPSPEED":
+        plugins = state.get("deepspeed_plugins")
+        every = list(plugins.values()) if isinstance(plugins, dict) else [plugins]
+        return "zero3" if any(getattr(plugin, "zero_stage", 0) == 3 for plugin in every) else None
+    transformers = sys.modules.get("transformers.integrations.deepspeed")
+    if transformers is not None and transformers.is_deepspeed_zero3_enabled():
+        return "zero3"
+    if state:
+        return None
+    if _says("ACCELERATE_USE_DEEPSPEED"):
+        return "zero3" if _zero_stage() == 3 else None
+    # On a CPU accelerate passes FSDP over.
+    if _says("ACCELERATE_USE_FSDP") and not _says("ACCELERATE_USE_CPU"):
+        return f"fsdp{os.environ.get('FSDP_VERSION', '1')}"
+    return None
+
+
+def check_versions(engine: str) -> None:
+    """Refuse an engine that is too old.
+
+    Args:
+        engine: see `engine_to_come`.
+
+    Raises:
+        RuntimeError: so it is; what there is and what is needed is named.
+    """
+    for package, least in LEAST[engine].items():
+        try:
+            found = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        numbers = tuple(int(part) for part in re.findall(r"\d+", found)[:2])
+        if numbers < least:
+            needed = ".".join(map(str, least))
+            raise RuntimeError(
+                f"{package} {found} is too old to train a wrapped model under {engine}: {needed} or newer is needed "
+                f'(pip install "{package}>={needed}")'
+            )
+
+
+def check_synchronised() -> None:
+    """Refuse to train where several processes were started, and accelerate takes each of them for the only one.
+
+    On a CPU it does so without a word: no gradient would be exchanged, and each process would see all of the data.
+
+    Raises:
+        RuntimeError: so it is.
+    """
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    alone = _partial_state().get("num_processes")
+    if started > 1 and alone == 1:
+        raise RuntimeError(
+            f"{started} processes were started, but accelerate takes each for the only one (num_processes=1), so "
+            "nothing would be exchanged between them. On a CPU, make the process group before the Accelerator or the "
+            'TrainingArguments: accelerate.PartialState(backend="gloo"), or Accelerator(kwargs_handlers='
+            '[InitProcessGroupKwargs(backend="gloo")])'
+        )
+
+
+def _says(name: str) -> bool:
+    return os.environ.get(name, "").strip().lower() in ("1", "true", "yes", "on", "y", "t")
+
+
+def _zero_stage() -> int | None:
+    path = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
+    if path and os.path.isfile(path):
+        with open(path, encoding="utf-8") as file:
+            return json.load(file).get("zero_optimization", {}).get("stage")
+    stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "")
+    return int(stage) if stage.isdigit() else None
+
+
+def _accelerator_state() -> Any:
+    module = sys.modules.get("accelerate.state")
+    return {} if module is None else module.AcceleratorState._shared_state
+
+
+def _partial_state() -> Any:
+    module = sys.modules.get("accelerate.state")
+    return {} if module is None else module.PartialState._shared_state

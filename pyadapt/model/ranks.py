@@ -1,0 +1,42 @@
+"""Starting to train among other ranks: what is checked then, before anything is exchanged."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+from ..distributed import agreement, launched
+from ..layer import adapted_layers
+from .state import WithAdapters
+
+
+class Ranks(WithAdapters):
+    """Checks of a wrapped model that starts to train."""
+
+    def train(self, mode: bool = True) -> Any:
+        """As `torch.nn.Module.train`; the first time, ranks make sure that they train the same.
+
+        Raises:
+            RuntimeError: accelerate takes each of several processes for the only one.
+            RankError: ranks train different adapters, or one is missing.
+        """
+        if mode and not self.adapter_state.checked:
+            launched.check_synchronised()
+            if agreement.is_one_script():
+                agreement.agree("starting to train", self._trained())
+                self.adapter_state.checked = True
+        return super().train(mode)
+
+    def _trained(self) -> dict[str, Any]:
+        """What is trained, in short; ranks have that in common."""
+        shapes = [
+            f"{path} {name} {unit.shapes(self.peft_config[name], path, layer.base, layer)}"
+            for path, layer in adapted_layers(self)
+            for name in self.adapter_state.active
+            if (unit := layer.unit(name)) is not None
+        ]
+        return {
+            "the active adapters": self.adapter_state.active,
+            "the number of adapted layers": len(shapes),
+            "the layers and their shapes": hashlib.sha256("\n".join(shapes).encode()).hexdigest()[:12],
+        }
