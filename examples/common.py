@@ -10,8 +10,8 @@ import torch
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def arguments(doc: str, real: dict, tiny: dict) -> argparse.Namespace:
-    """The options of every example; `real` holds their defaults, `tiny` those that differ with --tiny."""
+def arguments(doc: str, real: dict, tiny: dict, **more: str) -> argparse.Namespace:
+    """The options of every example; `real` holds defaults, `tiny` those that differ with --tiny, `more` own options."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="a tiny random model and made-up rows: no downloads")
     parser.add_argument("--model", help=f"a hub name or a folder (default {real['model']})")
@@ -20,6 +20,8 @@ def arguments(doc: str, real: dict, tiny: dict) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int)
     parser.add_argument("--lr", type=float, help="learning rate")
     parser.add_argument("--output", type=Path, help="where the adapter goes (default: a folder of the example's name)")
+    for name, text in more.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", help=text)
     args = parser.parse_args()
     if args.tiny and (args.model or args.dataset):
         parser.error("--tiny makes a model and rows of its own: leave out --model and --dataset")

@@ -81,6 +81,8 @@ if TYPE_CHECKING:
     )
     from .files import AdapterFileError as AdapterFileError
     from .integrations.callbacks import AdaLoraCallback as AdaLoraCallback
+    from .integrations.checkpoints import last_checkpoint as last_checkpoint
+    from .integrations.trainer import AdapterCheckpoint as AdapterCheckpoint
     from .integrations.transformers import load_quantized as load_quantized
     from .kbit import prepare_model_for_int8_training as prepare_model_for_int8_training
     from .kbit import prepare_model_for_kbit_training as prepare_model_for_kbit_training
@@ -134,6 +136,8 @@ __version__ = "0.1.0"
 # Where each public name lives.
 _HOMES = {
     "AdaLoraCallback": "integrations.callbacks",
+    "AdapterCheckpoint": "integrations.trainer",
+    "last_checkpoint": "integrations.checkpoints",
     "AdaLoraConfig": "methods.adalora",
     "AdapterConfig": "config",
     "AdapterFileError": "files",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from .base import base_of
 from .base.dense import Dense
 from .biases import COPY, add_bias, biased_modules, choose_biases, copy_biases, remove_biases, rename_biases
+from .distributed.drawing import drawn_alike
 from .dtypes import adapter_dtype
 from .integrations.transformers import is_transformers_model, mark_quantized
 from .layer import (
@@ -51,27 +53,16 @@ def attach(model: nn.Module, plan: Plan, name: str, values: Mapping[str, Mapping
         values: path of a layer, or of a module that is trained whole -> all its tensors, by what follows the path in a
             PEFT file. They become its parameters as they are: nothing is drawn, and nothing held twice.
 
+    Ranks that a launcher started as one script draw the same values for an adapter that is trained.
+
     Raises:
+        RankError: a rank did not come here.
         RuntimeError: a module that would be trained whole is offloaded, and `values` has none for it.
     """
     values = values or {}
-    units = []
-    owners: dict[str, AdapterUnit] = {}
-    rows = sorted(plan.layers, key=lambda row: row.source is not None)
-    for row in rows:
-        layer = model.get_submodule(row.path)
-        base = _host(plan, row, layer)
-        dtype = adapter_dtype(base.dtype(layer), plan.config.adapter_dtype)
-        if row.source is None:
-            home = home_of(layer, next(iter(base.stored(layer).values())))
-            unit = _make_unit(plan, row, base, layer, home, dtype, values.get(row.path))
-            if not plan.config.inference_mode:
-                unit.start_training(plan.config)
-            owners[row.path] = unit
-        else:
-            unit = row.unit_class(plan.config, row.source, base, layer, torch.device("meta"), dtype)
-            unit.follow(owners[row.source], row.source)
-        units.append((layer, base, unit.train(layer.training)))
+    # An adapter that is not trained may be one rank's alone, and is read from a file.
+    with contextlib.nullcontext() if plan.config.inference_mode else drawn_alike():
+        units = _make_units(model, plan, values)
     every = [unit for _, _, unit in units]
     for unit in every:
         unit.join(every)
@@ -85,7 +76,7 @@ def attach(model: nn.Module, plan: Plan, name: str, values: Mapping[str, Mapping
     for _, _, unit in units:
         unit.settle()
     # An adapter may have quantised its layers (LoftQ).
-    now = [_host(plan, row, layer) for row, (layer, _, _) in zip(rows, units, strict=True)]
+    now = [_host(plan, row, layer) for row, (layer, _, _) in zip(_in_order(plan), units, strict=True)]
     if any(kind is not base for kind, (_, base, _) in zip(now, units, strict=True)) and is_transformers_model(model):
         mark_quantized(model, [path for path, layer in base_modules(model) if base_of(layer) is Dense])
     try:
@@ -200,6 +191,33 @@ def check_foldable(model: nn.Module, names: Sequence[str]) -> None:
                     f"adapter {name!r} cannot be merged: what it adds at {path or 'the model'} is no change of a "
                     "weight; keep it beside the model, or name the adapters to merge"
                 )
+
+
+def _make_units(
+    model: nn.Module, plan: Plan, values: Mapping[str, Mapping[str, Tensor]]
+) -> list[tuple[nn.Module, Any, AdapterUnit]]:
+    """(layer, what it is to the unit, unit) of each planned layer; those that follow another come last."""
+    units: list[tuple[nn.Module, Any, AdapterUnit]] = []
+    owners: dict[str, AdapterUnit] = {}
+    for row in _in_order(plan):
+        layer = model.get_submodule(row.path)
+        base = _host(plan, row, layer)
+        dtype = adapter_dtype(base.dtype(layer), plan.config.adapter_dtype)
+        if row.source is None:
+            home = home_of(layer, next(iter(base.stored(layer).values())))
+            unit = _make_unit(plan, row, base, layer, home, dtype, values.get(row.path))
+            if not plan.config.inference_mode:
+                unit.start_training(plan.config)
+            owners[row.path] = unit
+        else:
+            unit = row.unit_class(plan.config, row.source, base, layer, torch.device("meta"), dtype)
+            unit.follow(owners[row.source], row.source)
+        units.append((layer, base, unit.train(layer.training)))
+    return units
+
+
+def _in_order(plan: Plan) -> list[LayerPlan]:
+    return sorted(plan.layers, key=lambda row: row.source is not None)
 
 
 def _host(plan: Plan, row: LayerPlan, layer: nn.Module) -> Any:

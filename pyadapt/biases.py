@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .distributed.sharding import whole
 from .layer import AdaptedLayer, SavedModule, base_modules
 from .surgery import adopt, release
 
@@ -102,7 +103,8 @@ def copy_biases(model: nn.Module, paths: Sequence[str]) -> list[tuple[nn.Module,
     for module in map(model.get_submodule, paths):
         own = own_bias(module)
         if id(own) not in copies:
-            copies[id(own)] = nn.Parameter(own.detach().clone())
+            with whole(module, [module]):
+                copies[id(own)] = nn.Parameter(own_bias(module).detach().clone())
         made.append((module, copies[id(own)]))
     return made
 

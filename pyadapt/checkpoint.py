@@ -124,6 +124,12 @@ def adapter_state_dict(
 def _from_state_dict(model: nn.Module, name: str, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """`adapter_state_dict` out of the state dict of the whole model."""
     given = {_without_wrappers(own_name): tensor for own_name, tensor in state_dict.items()}
+    if not given:
+        raise AdapterFileError(
+            f"the state dict to save from, on rank {rank()}, is empty: leave the argument out, on every rank, and what "
+            "is needed is gathered. Trainer and accelerate give an empty one where DeepSpeed's configuration lacks "
+            '"stage3_gather_16bit_weights_on_model_save": true'
+        )
     found: dict[str, Tensor] = {}
     for key, own_name in _names(model, name, given):
         if own_name not in given:

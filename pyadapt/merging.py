@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 
 from .base import BaseWeight, base_of
 from .biases import bias_among, check_biases_finite, own_bias, remove_biases, take_over_biases
+from .distributed import agreement
+from .distributed.sharding import Sharding, sharding_of
 from .files import Path
 from .layer import AdaptedLayer, adapted_layers, base_modules, restore_layer, saved_modules
 from .method import AdapterUnit
@@ -101,15 +104,23 @@ class MergedLayer:
         return 0.0 if norm == 0 else float((stored - self.matrix).norm() / norm)
 
 
-def merge_in_place(model: nn.Module, names: Sequence[str]) -> None:
+def merge_in_place(model: nn.Module, names: Sequence[str]) -> list[tuple[Any, Tensor]]:
     """Fold the named adapters into their layers' own storage, keeping the old weights so that unmerging is exact.
 
+    Where an engine has sharded them, each layer is gathered in its turn, and every rank keeps its own part.
+
+    Returns:
+        The parts of this rank from before, for `unmerge_in_place`; of a model that is not sharded none.
+
     Raises:
-        ValueError: a merged weight would hold a NaN or an infinity; nothing was changed.
+        ValueError: a merged weight would hold a NaN or an infinity, or have to be a parameter of its own in a sharded
+            model; nothing was changed.
     """
     for merged in _merged_in_place(model, names):
         merged.check_finite()
-    ties = TiedMerge(model, names)
+    ties, sharding = TiedMerge(model, names), sharding_of(model)
+    if sharding is not None:
+        return _merge_parts(model, names, ties, sharding)
     for merged in _merged_in_place(model, names):
         layer = merged.layer
         layer.unmerged = ties.keep(merged.path, layer)
@@ -118,10 +129,45 @@ def merge_in_place(model: nn.Module, names: Sequence[str]) -> None:
         ties.separate(merged.path, layer)
         layer.base.assign(layer, merged.matrix)
         _assign_bias(layer, merged.bias)
+    return []
 
 
-def unmerge_in_place(model: nn.Module) -> None:
-    """Put back, bit for bit, the weights from before `merge_in_place`."""
+def _merge_parts(
+    model: nn.Module, names: Sequence[str], ties: TiedMerge, sharding: Sharding
+) -> list[tuple[Any, Tensor]]:
+    check_stays_tied(ties, sharding)
+    kept = sharding.keep([layer for _, layer in adapted_layers(model) if _units(layer, names)])
+    for merged in _merged_in_place(model, names, write=True):
+        layer = merged.layer
+        layer.unmerged = {} if merged.bias is None else {"bias": None}
+        # The parameter of a layer that follows another is written by then.
+        if ties.follows(merged.path) is None:
+            layer.base.assign(layer, merged.matrix)
+        _assign_bias(layer, merged.bias)
+    return kept
+
+
+def check_stays_tied(ties: TiedMerge, sharding: Sharding) -> None:
+    """Refuse a merge that would give a layer of a sharded model a parameter of its own.
+
+    Raises:
+        ValueError: so it is; nothing was changed.
+    """
+    if ties.untied:
+        raise ValueError(
+            f"merging gives {', '.join(sorted(ties.untied))}, whose weights are tied, new parameters, which "
+            f"{sharding.name} cannot take in: pyadapt.export(model, folder) writes the merged model"
+        )
+
+
+def unmerge_in_place(model: nn.Module, parts_before: Sequence[tuple[Any, Tensor]] = ()) -> None:
+    """Put back, bit for bit, the weights from before `merge_in_place`, which has given `parts_before`."""
+    sharding = sharding_of(model) if parts_before else None
+    if sharding is not None:
+        sharding.put_back(parts_before)
+        for _, layer in adapted_layers(model):
+            layer.unmerged = None
+        return
     for _, layer in adapted_layers(model):
         if layer.unmerged is not None:
             if isinstance(layer.unmerged, SharedBefore):
@@ -133,17 +179,22 @@ def unmerge_in_place(model: nn.Module) -> None:
 
 
 def merged_weights(
-    model: nn.Module, names: Sequence[str], original: Path | None, report: MergeReport
+    model: nn.Module, names: Sequence[str], original: Path | None, report: MergeReport, write: bool = False
 ) -> Iterator[MergedLayer]:
     """Each layer that an adapter or a quantiser has changed, with its merged weight.
+
+    Of a sharded model each layer is whole until the next is asked for; every rank has to go through all of them.
 
     Args:
         model: a wrapped model.
         names: the adapters to fold in.
         original: a checkpoint to take the weights of quantised layers from; by default they are dequantised.
         report: filled in as layers pass.
+        write: whether what is written to a layer that is sharded is to be kept.
     """
-    originals = OriginalWeights(original, model) if original is not None else None
+    sharding = sharding_of(model)
+    with _together(sharding, "reading the original weights"):
+        originals = OriginalWeights(original, model) if original is not None else None
     ties = TiedMerge(model, names)
     others = _dense_parameters_dtype(model)
     for path, layer in list(base_modules(model)):
@@ -156,17 +207,19 @@ def merged_weights(
                 f"the adapter on {path} makes up for what quantising took from its weight (LoftQ), which the original "
                 "weight still has: merge without `original`"
             )
-        if base.quantized and originals is not None:
-            source, matrix = ORIGINAL, originals.matrix(path, layer, base)
-        else:
-            source, matrix = dequantized(base) if base.quantized else DENSE, base.matrix(layer)
-        bias = bias_among(layer, names)
-        merged = ties.share(_fold(path, layer, base, matrix, bias, units, base.merged_dtype(layer, others)))
-        merged.check_finite()
-        estimated = source not in (DENSE, ORIGINAL)
-        report.sources[path] = source
-        report.errors[path] = base.quantization_error(layer) if estimated else merged.rounding_error()
-        yield merged
+        with _at_hand(sharding, [layer, *units], write):
+            with _together(sharding, f"merging {path}"):
+                if base.quantized and originals is not None:
+                    source, matrix = ORIGINAL, originals.matrix(path, layer, base)
+                else:
+                    source, matrix = dequantized(base) if base.quantized else DENSE, base.matrix(layer)
+                bias = bias_among(layer, names)
+                merged = ties.share(_fold(path, layer, base, matrix, bias, units, base.merged_dtype(layer, others)))
+                merged.check_finite()
+                estimated = source not in (DENSE, ORIGINAL)
+                report.sources[path] = source
+                report.errors[path] = base.quantization_error(layer) if estimated else merged.rounding_error()
+            yield merged
 
 
 def merge_to_plain(model: nn.Module, names: Sequence[str], original: Path | None) -> MergeReport:
@@ -199,6 +252,21 @@ def merge_to_plain(model: nn.Module, names: Sequence[str], original: Path | None
     return report
 
 
+def refuse_sharded(model: nn.Module, action: str) -> None:
+    """Refuse what would take parameters off a model that an engine has sharded, or give it others.
+
+    Raises:
+        RuntimeError: so it is; nothing was changed.
+    """
+    sharding = sharding_of(model)
+    if sharding is not None:
+        raise RuntimeError(
+            f"cannot {action}: {sharding.name} has sharded this model, and keeps the parameters that would go or be "
+            "replaced. pyadapt.export(model, folder) writes the merged plain model, model.merge_adapter() merges in "
+            "place, and model.disable_adapter() gives the base model's answers"
+        )
+
+
 def take_over(model: nn.Module, names: Sequence[str]) -> None:
     """Write the values of the trained copies at work into the modules that they were made of.
 
@@ -229,14 +297,29 @@ def take_over(model: nn.Module, names: Sequence[str]) -> None:
                 setattr(owner, attribute, given[id(value)])
 
 
-def _merged_in_place(model: nn.Module, names: Sequence[str]) -> Iterator[MergedLayer]:
-    ties = TiedMerge(model, names)
+def _merged_in_place(model: nn.Module, names: Sequence[str], write: bool = False) -> Iterator[MergedLayer]:
+    ties, sharding = TiedMerge(model, names), sharding_of(model)
     for path, layer in adapted_layers(model):
         units = _units(layer, names)
         if units:
-            bias = bias_among(layer, names)
-            matrix, dtype = layer.base.matrix(layer), layer.base.dtype(layer)
-            yield ties.share(_fold(path, layer, layer.base, matrix, bias, units, dtype))
+            with _at_hand(sharding, [layer, *units], write):
+                with _together(sharding, f"merging {path}"):
+                    bias = bias_among(layer, names)
+                    matrix, dtype = layer.base.matrix(layer), layer.base.dtype(layer)
+                    merged = ties.share(_fold(path, layer, layer.base, matrix, bias, units, dtype))
+                    if sharding is not None:
+                        merged.check_finite()
+                yield merged
+
+
+def _at_hand(sharding: Sharding | None, modules: Sequence[nn.Module], write: bool) -> AbstractContextManager[None]:
+    """Inside the block `modules` are whole."""
+    return nullcontext() if sharding is None else sharding.whole(modules, write)
+
+
+def _together(sharding: Sharding | None, subject: str) -> AbstractContextManager[None]:
+    """The block fails on every rank of a sharded model if on one; see `agreement.together`."""
+    return nullcontext() if sharding is None else agreement.together(subject)
 
 
 def _dense_parameters_dtype(model: nn.Module) -> torch.dtype | None:

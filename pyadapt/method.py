@@ -19,6 +19,7 @@ from .low_rank import LowRank, linear_by_row
 from .ops import routes
 
 if TYPE_CHECKING:
+    from .distributed.sharding import Sharding
     from .layer import AdaptedLayer
     from .planning import Plan
     from .rows import Rows
@@ -205,6 +206,16 @@ class AdapterUnit(nn.Module, abc.ABC):
             ValueError: they cannot be at work together.
         """
 
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As that of any module; the name is kept, for an engine may put other tensors in a parameter's place."""
+        super().register_parameter(name, param)
+        self.__dict__.setdefault("weight_names", {})[name] = None
+
+    def weights(self) -> dict[str, Tensor]:
+        """What the parameters are at the moment, by attribute; FSDP1 has plain tensors there in forward."""
+        found = {name: getattr(self, name, None) for name in self.__dict__.get("weight_names", ())}
+        return {name: weight for name, weight in found.items() if weight is not None}
+
     def by_file_key(self) -> dict[str, nn.Parameter]:
         """The parameters by what follows the layer's path in a PEFT file."""
         return {self.file_keys[name]: parameter for name, parameter in self.named_parameters(recurse=False)}
@@ -341,7 +352,9 @@ class LayerMethod:
             config.check_patterns(paths)
 
     @staticmethod
-    def after_step(name: str, config: Any, units: Sequence[Any], global_step: int) -> None:
+    def after_step(
+        name: str, config: Any, units: Sequence[Any], global_step: int, sharding: Sharding | None = None
+    ) -> None:
         """Do what training asks for after an optimizer step.
 
         Args:
@@ -349,11 +362,22 @@ class LayerMethod:
             config: its configuration.
             units: its units on all layers.
             global_step: how many steps were taken, this one included.
+            sharding: how the units' parameters are sharded, or None where this rank has them all.
 
         Raises:
             ValueError: the method has no schedule.
         """
         raise ValueError(f"adapter {name!r} follows no schedule")
+
+    @staticmethod
+    def before_call(config: Any, units: Sequence[Any], sharded: bool) -> None:
+        """Get ready for a call of the model after which `penalty` is asked for.
+
+        Args:
+            config: the adapter's configuration.
+            units: its units on all layers.
+            sharded: whether an engine has sharded their parameters, which are then whole in their own forward alone.
+        """
 
     @staticmethod
     def penalty(config: Any, units: Sequence[Any]) -> Tensor | None:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .distributed.sharding import whole
+
 
 def hooks_of(module: nn.Module) -> tuple[Any, ...]:
     """accelerate's hooks on `module`."""
@@ -68,7 +70,8 @@ def copy_with(module: nn.Module, values: Mapping[str, Tensor] | None, memo: dict
             if held is not None and values is not None and key in values and id(held) not in memo:
                 value = placed(values[key], home_of(inner, held), held.dtype)
                 memo[id(held)] = nn.Parameter(value) if isinstance(held, nn.Parameter) else value
-    clone = copy.deepcopy(module, memo)
+    with whole(module, list(module.modules())):
+        clone = copy.deepcopy(module, memo)
     if is_offloaded(module):
         for inner in clone.modules():
             for name in ("_hf_hook", "_old_forward", "forward"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -257,10 +258,15 @@ def count_base_parameters(model: nn.Module) -> int:
     for _, module in base_modules(model):
         base = base_of(module)
         # A kind's weight comes first; the rest is what it is read with.
-        scales = set(list(base.stored(module))[1:]) if base is not None and base.quantized else set()
+        held = list(base.stored(module)) if base is not None and base.quantized else []
+        scales = set(held[1:])
         for name, parameter in module.named_parameters(recurse=False):
             if name not in scales and not is_bias_copy(name):
+                # The bytes of integers may be held in another dtype.
                 counted[id(parameter)] = count_values(parameter)
+                packed = name in held and parameter.is_floating_point()
+                if base is not None and packed and base.operand_dtype(module) == torch.int8:
+                    counted[id(parameter)] = math.prod(base.shape(module))
     return sum(counted.values())
 
 

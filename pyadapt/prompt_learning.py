@@ -127,7 +127,7 @@ class PromptMethod(LayerMethod):
         taken: set[str] = set()
         for path, layer in adapted_layers(model):
             unit: Any = layer.unit(name)
-            own = [] if unit is None else [attribute for attribute, _ in unit.named_parameters(recurse=False)]
+            own = [] if unit is None else list(unit.weights())
             keys = {attribute: f"{prefix}{path}.{unit.file_keys[attribute]}" for attribute in own}
             taken |= set(keys.values())
             # A unit after the first shares the parameters of that.

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from .base import base_of
 from .base.dense import Dense
-from .base.int8 import make_int8
+from .base.int8 import Int8, check_storage_dtype, make_int8, store_as
+from .distributed.sharding import replacing, whole
 from .integrations.transformers import is_transformers_model, mark_quantized
 from .layer import base_modules
 from .model import is_wrapped
@@ -19,7 +20,12 @@ from .targets import matches, output_heads
 SCHEMES = ("int8",)
 
 
-def quantize(model: nn.Module, scheme: str = "int8", skip: Iterable[str] | None = None) -> nn.Module:
+def quantize(
+    model: nn.Module,
+    scheme: str = "int8",
+    skip: Iterable[str] | None = None,
+    storage_dtype: torch.dtype | None = None,
+) -> nn.Module:
     """Store the weights of `model`'s linear layers as int8 with one scale an output row.
 
     One layer at a time, so that memory never exceeds the model and one layer. The same layers compute as before, from
@@ -30,16 +36,20 @@ def quantize(model: nn.Module, scheme: str = "int8", skip: Iterable[str] | None 
         scheme: "int8".
         skip: names of layers to leave alone, matched by dotted suffix (or as a prefix of the path);
             None leaves the output head alone, an empty list nothing.
+        storage_dtype: a floating dtype in whose bytes the int8 values are held, for FSDP1, which can shard no integers:
+            that of the model's other parameters. It changes no value, and no file.
 
     Returns:
         `model`.
 
     Raises:
-        ValueError: an unknown scheme, a name in `skip` that is not there, nothing to quantise, or a weight with a NaN.
+        ValueError: an unknown scheme or storage dtype, a name in `skip` that is not there, nothing to quantise, or a
+            weight with a NaN.
         RuntimeError: the model is wrapped already.
     """
     if scheme not in SCHEMES:
         raise ValueError(f"scheme {scheme!r} is not one of {', '.join(SCHEMES)}")
+    check_storage_dtype(storage_dtype)
     if is_wrapped(model):
         raise RuntimeError("quantize the model first, then wrap it: this one carries adapters already")
     skip = [skip] if isinstance(skip, str) else skip if skip is None else list(skip)
@@ -47,14 +57,33 @@ def quantize(model: nn.Module, scheme: str = "int8", skip: Iterable[str] | None 
     for path in paths:
         layer = model.get_submodule(path)
         check_adoptable(path, layer)
-        if not _is_finite(Dense.operands(layer).weight):
+        with whole(layer, [layer]):
+            finite = _is_finite(Dense.operands(layer).weight)
+        if not finite:
             raise ValueError(
                 f"{path}.weight holds a NaN or an infinity and cannot be quantised; the model is unchanged"
             )
     for path in paths:
-        make_int8(model.get_submodule(path))
+        layer = model.get_submodule(path)
+        with replacing(layer):
+            make_int8(layer)
+            store_as(layer, storage_dtype)
     if is_transformers_model(model):
         mark_quantized(model, skip)
+    return model
+
+
+def set_storage_dtype(model: nn.Module, storage_dtype: torch.dtype | None) -> nn.Module:
+    """Change what `quantize` was told of `storage_dtype`, before the model is sharded; a wrapped model as well.
+
+    Raises:
+        ValueError: another dtype than bfloat16, float16, float32 and None.
+        RuntimeError: the model is sharded already.
+    """
+    check_storage_dtype(storage_dtype)
+    for _, layer in base_modules(model):
+        if base_of(layer) is Int8:
+            store_as(layer, storage_dtype)
     return model
 
 

@@ -60,6 +60,16 @@ def make_plain(module: nn.Module, cls: type[nn.Module]) -> None:
     _rebind_hooked_forward(module)
 
 
+def make_under(module: nn.Module, cls: type[nn.Module], mixin: type[nn.Module]) -> None:
+    """Give `module`, whose attributes fit it by now, the class `cls` with `mixin` on it, under what else was put on."""
+    _, mixins = _root_and_mixins(type(module))
+    made = cls
+    for put_on in (mixin, *mixins):
+        made = _dynamic_class(put_on, made)
+    module.__class__ = made
+    _rebind_hooked_forward(module)
+
+
 def is_adopted_by(module: nn.Module, mixin: type[nn.Module]) -> bool:
     """Whether `adopt` put `mixin` on `module`, whatever was put on it since."""
     return isinstance(module, mixin)
@@ -67,7 +77,12 @@ def is_adopted_by(module: nn.Module, mixin: type[nn.Module]) -> bool:
 
 def original_class(module: nn.Module) -> type:
     """The class that `module` had before any `adopt`."""
-    return _root_and_mixins(type(module))[0]
+    return original_of(type(module))
+
+
+def original_of(cls: type) -> type:
+    """The class that `adopt` has made `cls` of; `cls` itself where it has not."""
+    return _root_and_mixins(cls)[0]
 
 
 def forward_arguments(module: nn.Module) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from torch import nn
 from .base import base_of
 from .base.kind import is_conv1d
 from .config import TASK_HEADS, AdapterConfig, TaskType
+from .distributed.sharding import whole_shape
 from .layer import base_modules
 
 logger = logging.getLogger("pyadapt")
@@ -273,7 +274,7 @@ def _check_parameters(path: str, names: list[str], module: nn.Module) -> None:
         adaptable = ["weight"]
     for name in names:
         if name not in adaptable:
-            shape = tuple(module.get_parameter(name).shape)
+            shape = whole_shape(module.get_parameter(name))
             remedy = f"name the layer, {path!r}, in target_modules" if base is not None else "leave it out"
             raise ValueError(
                 f"target_parameters: {path}.{name}, of shape {shape} in a {type(module).__name__}, cannot be adapted "

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from .base import BaseWeight, base_of
 from .base.embedding import scaled_as
+from .distributed.sharding import whole
 from .layer import AdaptedLayer, base_modules
 from .method import AdapterUnit
 from .placement import home_of
@@ -65,8 +66,8 @@ class TokenUnit(AdapterUnit):
 
     def initialize(self, config: Any, path: str, base: type[BaseWeight], layer: Any) -> None:
         """The rows of the frozen table."""
-        table = base.matrix(layer) if base.quantized else base.operands(layer).weight
-        with torch.no_grad():
+        with torch.no_grad(), whole(layer, [layer]):
+            table = base.matrix(layer) if base.quantized else base.operands(layer).weight
             self.rows.copy_(table[self.ids.to(table.device)])
 
     def forward(self, x: Tensor, owner: AdaptedLayer, y: Tensor | None = None) -> Tensor:

@@ -52,11 +52,13 @@ def tied_weights(model: nn.Module) -> Iterator[list[str]]:
     readers: dict[int, list[str]] = {}
     weights: set[int] = set()
     for path, module in base_modules(model):
-        for parameter in {id(p) for p in module._parameters.values() if p is not None}:
-            readers.setdefault(parameter, []).append(path)
         base = base_of(module)
+        # FSDP1 may have put plain tensors into the place of parameters.
+        stored = list(base.stored(module).values()) if base is not None else []
+        for parameter in {id(p) for p in (*module._parameters.values(), *stored) if p is not None}:
+            readers.setdefault(parameter, []).append(path)
         if base is not None and base.form != "experts":
-            weights.add(id(next(iter(base.stored(module).values()))))
+            weights.add(id(stored[0]))
     return (paths for parameter, paths in readers.items() if len(paths) > 1 and parameter in weights)
 
 

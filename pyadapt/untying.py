@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from .base import base_of
-from .layer import AdaptedLayer, SavedModule
+from .layer import AdaptedLayer, SavedModule, base_modules
 from .tying import tied_weights
 
 if TYPE_CHECKING:
@@ -48,10 +48,11 @@ class TiedMerge:
         self.unties = False
         self._model = model
         self._matrices: dict[str, Tensor] = {}
+        modules = dict(base_modules(model))
         for readers in tied_weights(model):
             groups: dict[Any, list[str]] = {}
             for path in readers:
-                groups.setdefault(_changes(model, path, names), []).append(path)
+                groups.setdefault(_changes(modules, path, names), []).append(path)
             self.unties |= len(groups) > 1
             for changes, paths in groups.items():
                 if isinstance(changes, tuple) and changes:
@@ -98,20 +99,20 @@ def _own(layer: nn.Module) -> dict[str, nn.Parameter]:
     return base.stored(layer)
 
 
-def _changes(model: nn.Module, path: str, names: Sequence[str]) -> Any:
+def _changes(modules: Mapping[str, nn.Module], path: str, names: Sequence[str]) -> Any:
     """What the named adapters make of the weight that the layer at `path` reads, by identity."""
     parents = [path.rsplit(".", up)[0] for up in range(path.count(".") + 1)]
     for parent in parents:
-        module = model.get_submodule(parent)
+        module = modules[parent]
         live = module.copy_among(names) if isinstance(module, SavedModule) else None
         if live is not None and isinstance(module, SavedModule):
-            inside = module.copies[live].get_submodule(path[len(parent) + 1 :])
+            inside = dict(base_modules(module.copies[live]))[path[len(parent) + 1 :]]
             return id(inside if base_of(inside) is None else next(iter(_own(inside).values())))
-    layer = model.get_submodule(path)
+    layer = modules[path]
     if not isinstance(layer, AdaptedLayer):
         return ()
-    units = [unit for name in names if (unit := layer.unit(name)) is not None]
-    return tuple(tuple(sorted(id(p) for p in unit.parameters())) for unit in units)
+    units = {name: unit for name in names if (unit := layer.unit(name)) is not None}
+    return tuple((name, unit.source or path) for name, unit in units.items())
 
 
 def say_untied(config: Any) -> None:

@@ -15,8 +15,9 @@ pytest.importorskip("transformers")
 pytest.importorskip("accelerate", reason="transformers.Trainer needs accelerate")
 
 FOLDER = Path(__file__).parents[1] / "examples"
-# A new example is run without an edit here; common.py is what they share.
-EXAMPLES = sorted(path.name for path in FOLDER.glob("*.py") if path.name != "common.py")
+# What examples share; a new example is run without an edit here.
+SHARED = ["common.py", "memory.py"]
+EXAMPLES = sorted(path.name for path in FOLDER.glob("*.py") if path.name not in SHARED)
 LONGEST = 150
 LONGEST_SHARED = 80
 # What an example prints once for each adapter that it trained.
@@ -51,10 +52,10 @@ def test_it_learns_offline(name, tmp_path, capsys):
     assert len(list((tmp_path / "out").rglob("adapter_model.safetensors"))) == len(metrics)
 
 
-@pytest.mark.parametrize("name", [*EXAMPLES, "common.py"])
+@pytest.mark.parametrize("name", [*EXAMPLES, *SHARED])
 def test_it_is_short(name):
     lines = (FOLDER / name).read_text(encoding="utf-8").count("\n")
-    assert lines <= (LONGEST_SHARED if name == "common.py" else LONGEST)
+    assert lines <= (LONGEST_SHARED if name in SHARED else LONGEST)
 
 
 @pytest.fixture

@@ -24,8 +24,8 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import quantize  # noqa: F401 - defines the op dequantize_rows
-from ..surgery import make_plain
-from .int8 import error_of_rows
+from ..surgery import make_plain, make_under
+from .int8 import Int8Layer, error_of_rows
 from .kind import BaseWeight, Operands, check_at_hand, register
 
 # What the classes of bitsandbytes, and transformers on them, set on a layer beside what a linear layer has.
@@ -82,15 +82,7 @@ class Bitsandbytes(BaseWeight):
     @classmethod
     def make_dense(cls, layer: Any, matrix: Tensor) -> None:
         """See `BaseWeight.make_dense`: a `torch.nn.Linear`, or the `Conv1D` that the layer was made from."""
-        plain, was_conv1d = cls.plain(layer, matrix)["weight"], _was_conv1d(layer)
-        original = layer.source_cls if was_conv1d else nn.Linear
-        for name in _OWN_ATTRIBUTES:
-            layer.__dict__.pop(name, None)
-        for key, hook in list(layer._load_state_dict_pre_hooks.items()):
-            if getattr(hook, "hook", hook).__module__.startswith("bitsandbytes"):
-                del layer._load_state_dict_pre_hooks[key]
-        if was_conv1d:
-            layer.nf, layer.nx = layer.__dict__.pop("out_features"), layer.__dict__.pop("in_features")
+        plain, original = cls.plain(layer, matrix)["weight"], _forget_bitsandbytes(layer)
         layer.weight = nn.Parameter(plain, requires_grad=False)
         if layer.bias is not None:
             # Its forward casts the bias to the dtype of its input; a plain layer does not.
@@ -264,6 +256,46 @@ class Bitsandbytes4bit(Bitsandbytes):
 
         mass = total(code.square())
         return 0.0 if mass == 0 else math.sqrt(total(_cell_errors(code)) / mass)
+
+
+def to_int8(layer: Any, dtype: torch.dtype) -> None:
+    """Make a `Linear8bitLt`, adapted or not, a layer of pyadapt's own int8 (`base.int8`), in place.
+
+    The int8 values are the same tensor. The scale is SCB / 127, rounded once in fp32: what the kernels here read of the
+    layer before, so that they give the same bits. The layer's own forward no longer rounds its input to int8, as that
+    of bitsandbytes does.
+
+    Args:
+        layer: the layer.
+        dtype: floating dtype that its weight takes when it is merged.
+
+    Raises:
+        ValueError: the weight is not quantised, or not for good.
+        RuntimeError: the weight is offloaded.
+    """
+    BitsandbytesInt8.shape(layer)
+    weight, scale, _ = BitsandbytesInt8.operands(layer)
+    assert scale is not None
+    original = _forget_bitsandbytes(layer)
+    # Not `detach`, which would give bitsandbytes' own class of parameter.
+    layer.weight = nn.Parameter(weight.data, requires_grad=False)
+    layer.weight_scale = nn.Parameter(scale.detach().view(torch.int32), requires_grad=False)
+    layer.dense_dtype = dtype
+    make_under(layer, original, Int8Layer)
+
+
+def _forget_bitsandbytes(layer: Any) -> type[nn.Module]:
+    """Take off what bitsandbytes has set on `layer` beside its weight; the class that it was made from."""
+    was_conv1d = _was_conv1d(layer)
+    original = layer.source_cls if was_conv1d else nn.Linear
+    for name in _OWN_ATTRIBUTES:
+        layer.__dict__.pop(name, None)
+    for key, hook in list(layer._load_state_dict_pre_hooks.items()):
+        if getattr(hook, "hook", hook).__module__.startswith("bitsandbytes"):
+            del layer._load_state_dict_pre_hooks[key]
+    if was_conv1d:
+        layer.nf, layer.nx = layer.__dict__.pop("out_features"), layer.__dict__.pop("in_features")
+    return original
 
 
 def _was_conv1d(layer: Any) -> bool:

@@ -9,11 +9,20 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .accelerate_checkpoint import checkpoint_adapters as checkpoint_adapters
     from .agreement import RankError as RankError
     from .policy import fsdp_auto_wrap_policy as fsdp_auto_wrap_policy
+    from .preparing import ShardingReport as ShardingReport
+    from .preparing import prepare_for_sharding as prepare_for_sharding
 
 # Public name -> its module. Loaded when first used: the rest of the package is built on `sharding` and `agreement`.
-_HOMES = {"RankError": "agreement", "fsdp_auto_wrap_policy": "policy"}
+_HOMES = {
+    "RankError": "agreement",
+    "ShardingReport": "preparing",
+    "checkpoint_adapters": "accelerate_checkpoint",
+    "fsdp_auto_wrap_policy": "policy",
+    "prepare_for_sharding": "preparing",
+}
 
 __all__ = sorted(_HOMES)
 

@@ -57,6 +57,43 @@ class Fsdp2(Sharding):
                 for parameter, full in wholes.items():
                     _scatter(full.detach(), parameter)
 
+    def class_of(self, module: nn.Module) -> type[nn.Module]:
+        """See `Sharding.class_of`: `fully_shard` derives one from `FSDPModule` and the module's own."""
+        made = type(module)
+        return made.__bases__[1] if made.__bases__[0] is FSDPModule else made
+
+    def gradients(self, modules: Sequence[nn.Module]) -> list[dict[str, Tensor | None]]:
+        """See `Sharding.gradients`."""
+        return [
+            {name: None if parameter.grad is None else _gather(parameter.grad) for name, parameter in own.items()}
+            for own in (dict(module.named_parameters(recurse=False)) for module in modules)
+        ]
+
+    def keep(self, modules: Sequence[nn.Module]) -> list[tuple[Any, Tensor]]:
+        """See `Sharding.keep`."""
+        parameters = {parameter: None for module in modules for parameter in module.parameters(recurse=False)}
+        return [(parameter, _local(parameter).clone()) for parameter in parameters]
+
+    @torch.no_grad()
+    def put_back(self, kept: Sequence[tuple[Any, Tensor]]) -> None:
+        """See `Sharding.put_back`."""
+        for parameter, values in kept:
+            _local(parameter).copy_(values)
+
+
+def gather_between(owner: nn.Module, module: nn.Module) -> None:
+    """Let what the groups between `owner` and `module`, a part of it, hold of it be at hand until their own forward."""
+    path = next((path for path, inner in owner.named_modules() if inner is module), "").split(".")
+    for end in range(len(path) - 1, 0, -1):
+        around = owner.get_submodule(".".join(path[:end]))
+        if isinstance(around, FSDPModule):
+            around.unshard()
+            return
+
+
+def _local(parameter: Any) -> Tensor:
+    return (parameter.to_local() if isinstance(parameter, DTensor) else parameter).detach()
+
 
 @torch.no_grad()
 def _gather(parameter: Any) -> Tensor:

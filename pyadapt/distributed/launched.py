@@ -8,10 +8,22 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import logging
 import os
 import re
 import sys
 from typing import Any
+
+import torch
+from torch import nn
+
+from .policy import Fsdp1Settings, check_fsdp1
+from .preparing import prepare_for_sharding
+
+logger = logging.getLogger("pyadapt")
+
+# accelerate's names for what FSDP1's mixed precision casts to.
+PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 # The least version of what drives each engine: older ones lack what pyadapt or the engine itself needs here.
 LEAST = {
@@ -42,6 +54,31 @@ def engine_to_come() -> str | None:
     if _says("ACCELERATE_USE_FSDP") and not _says("ACCELERATE_USE_CPU"):
         return f"fsdp{os.environ.get('FSDP_VERSION', '1')}"
     return None
+
+
+def get_ready(model: nn.Module) -> None:
+    """Before a plain model is wrapped: let its quantised weights be what the engine to come can shard.
+
+    Raises:
+        RuntimeError: the engine is too old.
+        ValueError: it cannot shard them; nothing was changed.
+    """
+    engine = engine_to_come()
+    if engine is not None:
+        check_versions(engine)
+        report = prepare_for_sharding(model, engine)
+        if report.layers:
+            logger.info("%s", report)
+
+
+def check_ready(model: nn.Module) -> None:
+    """Once a model is wrapped: refuse settings of the engine to come that cannot work.
+
+    Raises:
+        ValueError: so it is; the message has the line of accelerate's configuration that mends it.
+    """
+    if engine_to_come() == "fsdp1":
+        check_fsdp1(model, _fsdp1_settings())
 
 
 def check_versions(engine: str) -> None:
@@ -84,6 +121,27 @@ def check_synchronised() -> None:
             'TrainingArguments: accelerate.PartialState(backend="gloo"), or Accelerator(kwargs_handlers='
             '[InitProcessGroupKwargs(backend="gloo")])'
         )
+
+
+def _fsdp1_settings() -> Fsdp1Settings:
+    """What accelerate has been told of FSDP1, in its plugin or, before there is one, by its launcher."""
+    plugin = _accelerator_state().get("fsdp_plugin")
+    if plugin is None:
+        named = os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP") or None
+        by_class = os.environ.get("FSDP_AUTO_WRAP_POLICY", "").upper() == "TRANSFORMER_BASED_WRAP"
+        use_orig_params = "FSDP_USE_ORIG_PARAMS" not in os.environ or _says("FSDP_USE_ORIG_PARAMS")
+        precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    else:
+        classes = plugin.transformer_cls_names_to_wrap
+        named = classes if classes is None or isinstance(classes, str) else ",".join(classes)
+        by_class = getattr(plugin.auto_wrap_policy, "__name__", "") == "transformer_auto_wrap_policy"
+        use_orig_params = bool(plugin.use_orig_params)
+        precision = str(_accelerator_state().get("_mixed_precision") or "no")
+    return Fsdp1Settings(
+        use_orig_params=use_orig_params,
+        classes=tuple(name.strip() for name in named.split(",")) if by_class and named else None,
+        param_dtype=PRECISIONS.get(precision),
+    )
 
 
 def _says(name: str) -> bool:

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 # Each engine's file, beside the module without which no model is sharded by it, which is not imported for the question.
@@ -51,6 +52,24 @@ class Sharding(abc.ABC):
             write: whether what is written to the parameters is to be kept; every rank has to write the same.
         """
 
+    def replacing(self, module: nn.Module) -> contextlib.AbstractContextManager[None]:
+        """Inside the block the own parameters of `module` are whole; those that it puts there are sharded after it.
+
+        Raises:
+            RuntimeError: the engine cannot take in others any more.
+        """
+        raise RuntimeError(
+            f"a {type(module).__name__} cannot be given other parameters now that {self.name} has sharded it"
+        )
+
+    def running(self) -> contextlib.AbstractContextManager[None]:
+        """Inside the block the model can be called, without gradients, also where no engine runs it yet."""
+        return contextlib.nullcontext()
+
+    def class_of(self, module: nn.Module) -> type[nn.Module]:
+        """The class that `module` had before the engine gave it another, as some do."""
+        return type(module)
+
     @abc.abstractmethod
     def gradients(self, modules: Sequence[nn.Module]) -> list[dict[str, Tensor | None]]:
         """The gradients of the own parameters of each of `modules`, whole, as the latest optimizer step has used them.
@@ -80,6 +99,30 @@ def whole(model: nn.Module, modules: Sequence[nn.Module], write: bool = False) -
     sharding = sharding_of(model)
     with contextlib.nullcontext() if sharding is None else sharding.whole(modules, write):
         yield
+
+
+@contextlib.contextmanager
+def replacing(module: nn.Module) -> Iterator[None]:
+    """`Sharding.replacing` for a module that may be sharded or not; where it is not, nothing happens."""
+    sharding = sharding_of(module)
+    with contextlib.nullcontext() if sharding is None else sharding.replacing(module):
+        yield
+
+
+def running(model: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """`Sharding.running` for a model that may be sharded or not."""
+    sharding = sharding_of(model)
+    return contextlib.nullcontext() if sharding is None else sharding.running()
+
+
+def call_inside(owner: nn.Module, module: nn.Module, *args: Any) -> Any:
+    """Call `module` in the forward of `owner`, which is around it, while those of modules between them do not run.
+
+    One of these may be the group that an engine gathers `module`'s parameters with.
+    """
+    if "torch.distributed.fsdp" in sys.modules and not torch.compiler.is_compiling():
+        importlib.import_module(f"{__package__}.fsdp2").gather_between(owner, module)
+    return module(*args)
 
 
 def sharding_of(model: nn.Module) -> Sharding | None:

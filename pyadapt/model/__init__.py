@@ -25,6 +25,7 @@ __all__ = [
     "forget_adapters",
     "is_wrapped",
     "make_adapted",
+    "wrapped_inside",
 ]
 
 
@@ -43,6 +44,13 @@ class AdaptedDiffusion(DiffusionVerbs, AdaptedModel):
 def is_wrapped(model: nn.Module) -> TypeGuard[AdaptedModel]:
     """Whether `model` carries adapters of pyadapt."""
     return is_adopted_by(model, AdaptedModel)
+
+
+def wrapped_inside(model: Any) -> AdaptedModel | None:
+    """The wrapped model that `model` is, or that an engine or torch.compile has inside; None where there is none."""
+    while isinstance(model, nn.Module) and not is_wrapped(model):
+        model = getattr(model, "_orig_mod", None) or getattr(model, "module", None)
+    return model
 
 
 def make_adapted(model: nn.Module) -> AdaptedModel:

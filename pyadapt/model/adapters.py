@@ -8,7 +8,9 @@ from typing import Any
 
 from .. import attach, checkpoint
 from ..config import AdapterConfig, as_config
+from ..distributed.sharding import engine_of
 from ..files import Path
+from ..merging import refuse_sharded
 from ..planning import prepare
 from ..resuming import fill_training_state, read_training_state
 from . import hotswapping, scaling, weighting
@@ -186,10 +188,16 @@ class AdapterVerbs(MergeVerbs):
         scaling.set_scale(self, adapter_name, scale)
 
     def delete_adapter(self, adapter_name: str | Sequence[str]) -> None:
-        """Remove adapters and free their weights."""
+        """Remove adapters and free their weights.
+
+        Raises:
+            RuntimeError: adapters are merged, or an engine that shards it has the model in hand.
+        """
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
         self.check_names(names)
         self.check_not_merged("delete an adapter")
+        if engine_of(self) is not None:
+            refuse_sharded(self, "delete an adapter")
         for name in names:
             attach.detach(self, name)
             del self.peft_config[name]

@@ -6,8 +6,11 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from torch import Tensor
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
 
+from ..distributed.sharding import sharding_of
 from . import mixing
 from .state import WithAdapters
 
@@ -32,8 +35,10 @@ class Calls(WithAdapters):
             with self.with_call_arguments(kwargs):
                 return self(*args, adapter_names=adapter_names, **kwargs)
         if adapter_names is None:
-            outputs = super().__call__(*args, **kwargs)
-            return self._penalise(outputs) if self.adapter_state.penalised else outputs
+            if not self.adapter_state.penalised:
+                return super().__call__(*args, **kwargs)
+            self._expect_penalties()
+            return self._penalise(super().__call__(*args, **kwargs))
         with self.mixed(adapter_names, args, kwargs):
             return super().__call__(*args, **kwargs)
 
@@ -62,9 +67,21 @@ class Calls(WithAdapters):
     def mixed(
         self, names: Sequence[str], args: Sequence[Any], kwargs: dict[str, Any]
     ) -> contextlib.AbstractContextManager[None]:
-        """Inside the block, row i of each batch is answered with the adapter `names[i]`, if args and names fit."""
+        """Inside the block, row i of each batch is answered with the adapter `names[i]`, if args and names fit.
+
+        Raises:
+            RuntimeError: adapters are merged, or an engine has sharded the model.
+            ValueError: a name is unknown or cannot be chosen by row, or there is not one for each row.
+        """
         self.check_names([name for name in dict.fromkeys(names) if name != mixing.BASE_MODEL], allow_none=True)
         self.check_not_merged("choose adapters by row")
+        sharding = sharding_of(self) if dist.is_available() and dist.is_initialized() else None
+        if sharding is not None:
+            raise RuntimeError(
+                f"adapter_names: {sharding.name} has sharded this model, and all adapters of a layer would have to be "
+                "whole at once: group the rows by adapter and call set_adapter() before each group's call, or serve "
+                "without sharding"
+            )
         mixing.check_batch(names, args, kwargs)
         return mixing.mixed(self, names)
 
@@ -76,6 +93,13 @@ class Calls(WithAdapters):
             if term is not None:
                 total = term if total is None else total + term.to(total.device)
         return total
+
+    def _expect_penalties(self) -> None:
+        """Tell the methods that `adapter_penalty` follows the call, and whether an engine has their units in shards."""
+        # Only where there is a process group can there be shards.
+        sharded = dist.is_available() and dist.is_initialized() and _is_sharded(self)
+        for method, config, units in self.adapter_state.penalised:
+            method.before_call(config, units, sharded)
 
     def _penalise(self, outputs: Any) -> Any:
         """`outputs` with the adapters' terms in their loss, if they name one; a tuple does not."""
@@ -91,3 +115,8 @@ class Calls(WithAdapters):
             else:
                 outputs.loss = loss
         return outputs
+
+
+@torch.compiler.disable
+def _is_sharded(model: nn.Module) -> bool:
+    return sharding_of(model) is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import tempfile
 from collections.abc import Sequence
 from typing import Any
@@ -14,7 +15,11 @@ from .. import checkpoint
 from ..distributed import agreement
 from ..distributed.sharding import sharding_of
 from ..files import Path
+from ..trained import remove_trained_state, write_trained_state
 from .adapters import AdapterVerbs
+
+# The folders that transformers' Trainer writes to resume from.
+_TRAINERS = re.compile(r"checkpoint-\d+")
 
 
 class FileVerbs(AdapterVerbs):
@@ -60,9 +65,22 @@ class FileVerbs(AdapterVerbs):
             with agreement.together(f"saving adapter {name!r}") if sharding is not None else contextlib.nullcontext():
                 config = self.peft_config[name]
                 checkpoint.save_adapter(self, save_directory, name, config, state_dict, plain, writes=is_main_process)
+        if is_main_process and names:
+            self._keep_for_resuming(os.fspath(save_directory), state_dict is None and sharding is None)
         if is_main_process and push_to_hub:
             hub = {key: kwargs[key] for key in ("token", "private", "commit_message") if key in kwargs}
             _upload(save_directory, kwargs.get("repo_id") or os.path.basename(os.path.abspath(save_directory)), **hub)
+
+    def _keep_for_resuming(self, folder: str, has_all: bool) -> None:
+        """Leave what transformers' Trainer reads back beside the adapters, in its own checkpoints and nowhere else.
+
+        Trainer looks for `model.safetensors` in them: of adapter files it knows peft's class alone. Sharded models are
+        read back through their engine.
+        """
+        if has_all and _TRAINERS.fullmatch(os.path.basename(os.path.abspath(folder))):
+            write_trained_state(self, folder)
+        else:
+            remove_trained_state(folder)
 
     def push_to_hub(self, repo_id: str, **hub: Any) -> None:
         """Upload the adapters to the hub repository `repo_id` (`token`, `private`, `commit_message`)."""

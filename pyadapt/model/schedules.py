@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..distributed.sharding import sharding_of
 from ..method import METHODS
 from .state import WithAdapters
 
@@ -19,14 +20,16 @@ class Schedules(WithAdapters):
             optimizer.zero_grad()
 
         In PEFT this is `model.base_model.update_and_allocate`; here `base_model` stays what it is in the user's model.
-        With transformers' Trainer, `pyadapt.AdaLoraCallback()` does it.
+        With transformers' Trainer, `pyadapt.AdaLoraCallback()` does it. Where an engine has sharded the weights, every
+        rank has to call; the gradients are those of the step, clipped, as in one process. (DeepSpeed's ZeRO-3 keeps
+        them after its step, also where accelerate takes that step inside `backward`.)
 
         Args:
             global_step: how many optimizer steps have been taken, this one included.
 
         Raises:
             ValueError: no active adapter in training has a schedule, or `global_step` is no whole number.
-            RuntimeError: there are no gradients (any more), adapters are merged, or an engine has sharded the weights.
+            RuntimeError: there are no gradients (any more), or adapters are merged.
         """
         if not isinstance(global_step, int) or isinstance(global_step, bool) or global_step < 0:
             raise ValueError(f"global_step={global_step!r} is no whole number of optimizer steps")
@@ -42,5 +45,6 @@ class Schedules(WithAdapters):
                 "no active adapter in training has a schedule: wrap the model with an AdaLoraConfig, or load the "
                 "adapter with is_trainable=True"
             )
+        sharding = sharding_of(self)
         for name, config, method in due:
-            method.after_step(name, config, self.units_of(name), global_step)
+            method.after_step(name, config, self.units_of(name), global_step, sharding)

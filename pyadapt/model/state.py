@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .. import attach
 from ..config import AdapterConfig
+from ..distributed.sharding import engine_of
 from ..layer import adapted_layers
 from ..method import METHODS, AdapterUnit, LayerMethod
 from ..planning import Plan
@@ -24,6 +25,7 @@ class AdapterState:
         active: names of the active adapters, in order.
         enabled: False while adapters are disabled.
         merged: names of the adapters that are folded into the base weights.
+        parts_before: what this rank held of the merged weights before, where an engine has sharded them.
         trained_before: names of the base parameters that required gradients before wrapping.
         arguments: further arguments of a call that the methods of active adapters take -> the units they are given to.
         prepended: how many virtual tokens the adapters at work put before each sequence that the model decodes.
@@ -34,6 +36,7 @@ class AdapterState:
     active: list[str] = field(default_factory=list)
     enabled: bool = True
     merged: tuple[str, ...] = ()
+    parts_before: list[tuple[Any, Tensor]] = field(default_factory=list)
     trained_before: frozenset[str] = frozenset()
     arguments: dict[str, tuple[AdapterUnit, ...]] = field(default_factory=dict)
     prepended: int = 0
@@ -59,6 +62,12 @@ class WithAdapters(nn.Module):
     ) -> None:
         """Add the adapter that `plan` describes (see `planning.make_plan`), with `values` as in `attach.attach`."""
         self.check_not_merged("add an adapter")
+        engine = engine_of(self)
+        if engine is not None:
+            raise RuntimeError(
+                f"cannot add an adapter: {engine} has this model in hand, and would not see what is added now: wrap or "
+                "load it first, then shard"
+            )
         # First of all: an adapter may be fit to serve, but not to be trained.
         config = plan.config.replaced(inference_mode=not trainable)
         attach.attach(self, replace(plan, config=config), name, values)

@@ -14,12 +14,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-ENGINES = ("ddp", "zero3", "fsdp1", "fsdp1_flat", "fsdp2")
+from pyadapt.layer import saved_modules
+from pyadapt.method import AdapterUnit
+
+ENGINES = ("ddp", "zero3", "fsdp1", "fsdp1_flat", "fsdp2", "fsdp2_units")
 
 ZERO3 = {
     "train_micro_batch_size_per_gpu": 1,
     "zero_allow_untested_optimizer": True,
     "zero_force_ds_cpu_optimizer": False,
+    # DeepSpeed's own default is 1.0.
+    "gradient_clipping": 0.0,
     # Threshold 0: or the tiny parameters of a test are never partitioned, and it proves nothing.
     "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
 }
@@ -34,7 +39,9 @@ class Options:
         accumulate: micro-batches a step.
         clip: largest norm of the gradient, or None.
         checkpointing: None, "reentrant" or "non-reentrant".
-        autocast: whether it runs under bf16 autocast, or the engine's mixed precision.
+        autocast: whether it runs under bf16 autocast, or DeepSpeed's own.
+        mixed: whether it runs under FSDP's own mixed precision: bf16 parameters, gradients reduced in fp32.
+        backend: compile what is called with this backend of torch.compile.
         optimizer: makes the optimizer.
         zero3: further keys of DeepSpeed's configuration.
         after_step: called with the model and the number of the step, behind each optimizer step.
@@ -45,6 +52,8 @@ class Options:
     clip: float | None = None
     checkpointing: str | None = None
     autocast: bool = False
+    mixed: bool = False
+    backend: str | None = None
     optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer] = field(
         default=lambda parameters: torch.optim.SGD(parameters, lr=0.1)
     )
@@ -122,7 +131,7 @@ class Runner:
                 (loss / self.options.accumulate).backward()
         if self.engine is not None and not last:
             self.engine.step()
-        return float(loss) if self.alone else mean_over_ranks(loss)
+        return float(loss.detach()) if self.alone else mean_over_ranks(loss)
 
     def step(self) -> None:
         """The optimizer step."""
@@ -147,7 +156,7 @@ class Runner:
 
     @contextlib.contextmanager
     def _synchronised(self, last: bool) -> Iterator[None]:
-        if last or not hasattr(self.call, "no_sync"):
+        if last or self.engine is not None or not hasattr(self.call, "no_sync"):
             yield
         else:
             with self.call.no_sync():
@@ -166,11 +175,12 @@ def start(model: Any, engine: str | None, options: Options) -> Runner:
         return Runner(nn.parallel.DistributedDataParallel(model), optimizer_of(model), options)
     if engine == "zero3":
         return start_zero3(model, optimizer_of(model), options)
-    if engine == "fsdp2":
-        call = shard_fsdp2(model)
-        return Runner(call, optimizer_of(call), options)
-    call = shard_fsdp1(model, use_orig_params=engine == "fsdp1")
-    return Runner(call, optimizer_of(call), options)
+    if engine.startswith("fsdp2"):
+        call = shard_fsdp2(model, units=engine == "fsdp2_units", mixed=options.mixed)
+    else:
+        call = shard_fsdp1(model, use_orig_params=engine == "fsdp1", mixed=options.mixed)
+    optimizer = optimizer_of(call)
+    return Runner(call if options.backend is None else torch.compile(call, backend=options.backend), optimizer, options)
 
 
 def start_zero3(model: Any, optimizer: Any, options: Options) -> Runner:
@@ -189,20 +199,27 @@ def start_zero3(model: Any, optimizer: Any, options: Options) -> Runner:
     return Runner(engine, None, options, engine=engine)
 
 
-def shard_fsdp2(model: Any) -> Any:
-    """Each block of the model a group, and the rest one."""
+def shard_fsdp2(model: Any, units: bool = False, mixed: bool = False) -> Any:
+    """Each block of the model a group, and the rest one.
+
+    Args:
+        model: a wrapped model.
+        units: whether what is trained are groups of their own, inside of the blocks.
+        mixed: see `Options.mixed`.
+    """
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    for module in blocks(model):
-        fully_shard(module, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if mixed else MixedPrecisionPolicy()
+    for module in [*(trained_modules(model) if units else ()), *blocks(model)]:
+        fully_shard(module, mesh=mesh, mp_policy=policy)
+    return fully_shard(model, mesh=mesh, mp_policy=policy)
 
 
-def shard_fsdp1(model: Any, use_orig_params: bool) -> Any:
+def shard_fsdp1(model: Any, use_orig_params: bool, mixed: bool = False) -> Any:
     """As `pyadapt.distributed.fsdp_auto_wrap_policy` says: blocks, and what is trained as units of its own."""
-    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision
 
     from pyadapt.distributed import fsdp_auto_wrap_policy
 
@@ -211,7 +228,15 @@ def shard_fsdp1(model: Any, use_orig_params: bool) -> Any:
         auto_wrap_policy=fsdp_auto_wrap_policy(model),
         use_orig_params=use_orig_params,
         device_id=torch.device("cpu"),
+        mixed_precision=MixedPrecision(torch.bfloat16, torch.float32) if mixed else None,
     )
+
+
+def trained_modules(model: Any) -> list[nn.Module]:
+    """The units of the adapters, and the trained copies of modules."""
+    copies = [copy for _, module in saved_modules(model) for copy in module.copies.values()]
+    units = [module for module in model.modules() if isinstance(module, AdapterUnit) and list(module.parameters())]
+    return units + copies
 
 
 def blocks(model: Any) -> list[nn.Module]:

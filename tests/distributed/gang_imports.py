@@ -13,6 +13,7 @@ import torch  # noqa: E402
 import torch.distributed.checkpoint  # noqa: E402
 import torch.distributed.fsdp  # noqa: E402
 import transformers  # noqa: E402
+import transformers.trainer  # noqa: E402
 
 import pyadapt  # noqa: E402, F401
 

@@ -44,17 +44,18 @@ PROMPTS: dict[str, tuple[str, dict[str, Any]]] = {
 CASES = {**WEIGHT_SIDE, **PROMPTS}
 
 
-def wrapped(name: str, base: str = "fp32") -> Any:
+def wrapped(name: str, base: str = "fp32", storage_dtype: torch.dtype | None = None) -> Any:
     """The model of a case, the same on every rank and in every process.
 
     Args:
         name: of the case.
         base: "fp32", "bf16" or "int8" (quantised from fp32).
+        storage_dtype: what int8 values are held in, as in `pyadapt.quantize`.
     """
     family, config = CASES[name]
     model = build(family, dtype=torch.bfloat16 if base == "bf16" else torch.float32)
     if base == "int8":
-        pyadapt.quantize(model)
+        pyadapt.quantize(model, storage_dtype=storage_dtype)
     torch.manual_seed(3)
     return pyadapt.wrap(model, {"task_type": FAMILIES[family].task, **config})
 
@@ -70,10 +71,11 @@ def global_batch(name: str, step: int) -> dict[str, Tensor]:
 
 def compare(engine: str, name: str, base: str = "fp32", **options: Any) -> None:
     """Train a case under `engine` and alone; the losses of all steps and what is saved at the end have to be equal."""
-    alone, shared = wrapped(name, base), wrapped(name, base)
+    # FSDP1 can flatten no integers.
+    alone, shared = wrapped(name, base), wrapped(name, base, torch.float32 if engine.startswith("fsdp1") else None)
     wanted = train(alone, None, lambda step: global_batch(name, step), Options(**options))
     found = train(shared, engine, lambda step: global_batch(name, step), Options(**options))
-    dtype = torch.bfloat16 if base == "bf16" or options.get("autocast") else torch.float32
+    dtype = torch.bfloat16 if base == "bf16" or options.get("autocast") or options.get("mixed") else torch.float32
     assert_near(torch.tensor(found), torch.tensor(wanted), "loss", dtype)
     ours, theirs = shared.get_adapter_state_dict(), alone.get_adapter_state_dict()
     assert ours.keys() == theirs.keys()
@@ -81,12 +83,14 @@ def compare(engine: str, name: str, base: str = "fp32", **options: Any) -> None:
         assert_close(ours[key], value, "gradient", dtype, key)
 
 
-def compare_all(engine: str, names: Iterable[str], base: str = "fp32", **options: Any) -> dict[str, str]:
-    """Several cases, and what went wrong with which."""
+def compare_all(
+    engine: str, names: Iterable[str], base: str = "fp32", given: dict[str, Any] | None = None, **options: Any
+) -> dict[str, str]:
+    """Several cases, and what went wrong with which; `given` are further options, for a gang passes none by name."""
     wrong = {}
     for name in names:
         try:
-            compare(engine, name, base, **options)
+            compare(engine, name, base, **(given or {}), **options)
         except Exception:
             wrong[name] = traceback.format_exc(limit=-6)
     return wrong

@@ -27,6 +27,7 @@ class AdaLora(LayerMethod):
     has_schedule: ClassVar[bool] = True
     has_penalty: ClassVar[bool] = True
     after_step = staticmethod(allocation.update_and_allocate)
+    before_call = staticmethod(orthogonality.before_call)
     penalty = staticmethod(orthogonality.penalty)
 
     @classmethod

@@ -17,27 +17,35 @@ Source: Zhang et al., "Adaptive Budget Allocation for Parameter-Efficient Fine-T
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ...distributed.sharding import Sharding
 from .config import AdaLoraConfig
 from .unit import AdaLoraUnit
 
 
-def update_and_allocate(name: str, config: AdaLoraConfig, units: Sequence[AdaLoraUnit], global_step: int) -> None:
+def update_and_allocate(
+    name: str, config: AdaLoraConfig, units: Sequence[AdaLoraUnit], global_step: int, sharding: Sharding | None = None
+) -> None:
     """Take in one optimizer step and, where the schedule says so, allocate the ranks anew.
+
+    Where an engine has sharded the parameters, every rank gathers them with their gradients, and so allocates the same:
+    what was seen is whole on each of them, in buffers.
 
     Args:
         name: of the adapter, for messages.
         config: its configuration.
         units: its units on all layers.
         global_step: the step that was just taken, counted from 1.
+        sharding: how the parameters are sharded, if they are.
 
     Raises:
-        RuntimeError: no parameter has a gradient, or an engine has sharded the parameters.
+        RuntimeError: no parameter has a gradient.
     """
     units = [unit for unit in units if unit.is_scheduled]
     if not units:
@@ -45,10 +53,14 @@ def update_and_allocate(name: str, config: AdaLoraConfig, units: Sequence[AdaLor
         return
     assert config.total_step is not None
     end = config.total_step - config.tfinal
-    with torch.no_grad():
-        if global_step < end:
-            observe(name, config, units)
-            if global_step > config.tinit and global_step % config.deltaT == 0:
+    is_seen = global_step < end
+    allocates = not is_seen or (global_step > config.tinit and global_step % config.deltaT == 0)
+    gradients = gradients_of(units, sharding) if is_seen else []
+    having = contextlib.nullcontext() if sharding is None else sharding.whole(units, write=allocates)
+    with torch.no_grad(), having:
+        if is_seen:
+            observe(name, config, units, gradients)
+            if allocates:
                 allocate(units, budget_at(config, units, global_step))
         elif global_step == end or not units[0].settled:
             # The loop may have stepped over the end; what was seen is there nonetheless.
@@ -59,6 +71,14 @@ def update_and_allocate(name: str, config: AdaLoraConfig, units: Sequence[AdaLor
                 unit.lora_E.masked_fill_(~unit.kept[:, None], 0.0)
 
 
+def gradients_of(units: Sequence[AdaLoraUnit], sharding: Sharding | None) -> list[dict[str, Tensor | None]]:
+    """The gradients of each unit's factors by the names of these, whole; None where there is none."""
+    if sharding is None:
+        return [{factor: getattr(unit, f"lora_{factor}").grad for factor in unit.FACTORS} for unit in units]
+    gathered = zip(units, sharding.gradients(units), strict=True)
+    return [{factor: own.get(f"lora_{factor}") for factor in unit.FACTORS} for unit, own in gathered]
+
+
 def budget_at(config: AdaLoraConfig, units: Sequence[AdaLoraUnit], step: int) -> int:
     """How many triplets of all layers together may stay at `step`, between `tinit` and the end of the schedule."""
     initial, target = sum(unit.kept.shape[0] for unit in units), config.target_r * len(units)
@@ -67,37 +87,50 @@ def budget_at(config: AdaLoraConfig, units: Sequence[AdaLoraUnit], step: int) ->
     return int((initial - target) * left**3 + target)
 
 
-def observe(name: str, config: AdaLoraConfig, units: Sequence[AdaLoraUnit]) -> None:
+def observe(
+    name: str,
+    config: AdaLoraConfig,
+    units: Sequence[AdaLoraUnit],
+    gradients: Sequence[Mapping[str, Tensor | None]],
+) -> None:
     """Take the gradients of this step into the sensitivity and the uncertainty of each element, if they are finite.
 
+    Args:
+        name: of the adapter.
+        config: its configuration.
+        units: its units.
+        gradients: those of each unit, as `gradients_of` gives them.
+
     Raises:
-        RuntimeError: there are no gradients, or not of the whole parameters.
+        RuntimeError: there are no gradients, or the parameters are not whole.
     """
-    if all(parameter.grad is None for unit in units for parameter in unit.parameters()):
+    if all(gradient is None for own in gradients for gradient in own.values()):
         raise RuntimeError(
             f"no parameter of adapter {name!r} has a gradient: update_and_allocate comes after loss.backward() and "
             "optimizer.step(), and before optimizer.zero_grad()"
         )
-    gradients_of_E = [unit.lora_E.grad for unit in units if unit.lora_E.grad is not None]
-    home = units[0].lora_E.device
+    gradients_of_E = [own["E"] for own in gradients if own["E"] is not None]
+    home = units[0].kept.device
     if gradients_of_E and not torch.cat([gradient.to(home) for gradient in gradients_of_E]).isfinite().all():
         # A gradient scaler has left this step out; E, through which all goes, tells of an overflow anywhere.
         return
-    for unit in units:
+    for unit, own in zip(units, gradients, strict=True):
         unit.settled.fill_(False)
         parameters = [getattr(unit, f"lora_{factor}") for factor in unit.FACTORS]
+        _widen(unit)
         sensitivities = [getattr(unit, f"sensitivity_{factor}") for factor in unit.FACTORS]
         uncertainties = [getattr(unit, f"uncertainty_{factor}") for factor in unit.FACTORS]
         for parameter, sensitivity in zip(parameters, sensitivities, strict=True):
             if parameter.shape != sensitivity.shape:
                 raise RuntimeError(
                     f"adapter {name!r} has a parameter of shape {tuple(parameter.shape)} in place of "
-                    f"{tuple(sensitivity.shape)}: an engine has sharded it, and its ranks cannot be allocated so"
+                    f"{tuple(sensitivity.shape)}: an engine has sharded it in a way that is not known here, and its "
+                    "ranks cannot be allocated"
                 )
         # A unit at a time: its tensors stay in the cache from one operation to the next.
-        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        of_unit = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, own.values(), strict=True)]
         wide = sensitivities[0].dtype
-        importance = torch._foreach_mul([p.to(wide) for p in parameters], [g.to(wide) for g in gradients])
+        importance = torch._foreach_mul([p.to(wide) for p in parameters], [g.to(wide) for g in of_unit])
         torch._foreach_abs_(importance)
         torch._foreach_mul_(sensitivities, config.beta1)
         torch._foreach_add_(sensitivities, importance, alpha=1 - config.beta1)
@@ -105,6 +138,13 @@ def observe(name: str, config: AdaLoraConfig, units: Sequence[AdaLoraUnit]) -> N
         torch._foreach_abs_(importance)
         torch._foreach_mul_(uncertainties, config.beta2)
         torch._foreach_add_(uncertainties, importance, alpha=1 - config.beta2)
+
+
+def _widen(unit: AdaLoraUnit) -> None:
+    """Give the buffers their 32 bits again, where the mixed precision of FSDP1 has cast them as it started."""
+    for name, buffer in unit.named_buffers(recurse=False):
+        if buffer.is_floating_point() and buffer.dtype.itemsize < 4:
+            setattr(unit, name, buffer.float())
 
 
 def scores(unit: Any) -> Tensor:

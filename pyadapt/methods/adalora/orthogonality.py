@@ -16,22 +16,37 @@ from torch import Tensor, nn
 
 from ...ops import registry
 from .config import AdaLoraConfig
+from .leaving import Leaves, deviation, slope
 from .unit import AdaLoraUnit
+
+
+def before_call(config: AdaLoraConfig, units: Sequence[AdaLoraUnit], sharded: bool) -> None:
+    """See `LayerMethod.before_call`: let the units of a sharded model leave what `penalty` needs (see `leaving`)."""
+    if not units or config.orth_reg_weight == 0 or (units[0].leaves is None and not sharded):
+        return
+    own = [unit for unit in units if unit.source is None]
+    leaves = Leaves(config.orth_reg_weight / (2 * len(own))) if sharded else None
+    for unit in own:
+        unit.leaves = leaves
 
 
 def penalty(config: AdaLoraConfig, units: Sequence[AdaLoraUnit]) -> Tensor | None:
     """The term for the adapter that has `units`, a scalar in the factors' dtype, fp32 at least; None where it is 0.
 
+    Where an engine has sharded the factors, it is that of the latest call of the model.
+
     Raises:
-        RuntimeError: an engine has sharded the factors.
+        RuntimeError: an engine has sharded the factors, and the model has not been called yet.
     """
     own = [unit for unit in units if unit.source is None]
     if config.orth_reg_weight == 0 or not own:
         return None
+    if own[0].leaves is not None:
+        return own[0].leaves.total(own)
     if any(unit.lora_A.dim() != 2 or unit.lora_B.dim() != 2 for unit in own):
         raise RuntimeError(
-            "an engine has sharded the factors of an AdaLoRA adapter, whose orthogonality cannot be known so: "
-            "orth_reg_weight=0 leaves it out of the loss"
+            "an engine has sharded the factors of an AdaLoRA adapter, whose orthogonality is known after a call of the "
+            "model, inside of which they are whole: call it first; orth_reg_weight=0 leaves it out of the loss"
         )
     return Orthogonality.apply(config.orth_reg_weight, *(unit.lora_A for unit in own), *(unit.lora_B for unit in own))
 
@@ -61,10 +76,7 @@ class Orthogonality(registry.Function):
         deviations = []
         with torch.autocast(home.type, enabled=False):
             for i, matrix in enumerate(matrices):
-                P = _wide(matrix)
-                G = P @ P.t() if i < half else P.t() @ P
-                G.diagonal().sub_(1)
-                deviations.append(G)
+                deviations.append(deviation(matrix, is_wide=i < half))
             norms = torch.stack([torch.linalg.vector_norm(G).to(home) for G in deviations])
             total = norms.sum() * (weight / len(matrices))
         ctx.weight = weight
@@ -83,10 +95,5 @@ class Orthogonality(registry.Function):
             factors = torch.where(norms > 0, 2 * ctx.weight / count * g / norms, 0.0)
             gradients = []
             for i, (matrix, G, factor) in enumerate(zip(matrices, deviations, factors.unbind(), strict=True)):
-                C, P = G * factor.to(G.device), _wide(matrix)
-                gradients.append((C @ P if i < count // 2 else P @ C).to(matrix.dtype))
+                gradients.append(slope(matrix, G, factor, is_wide=i < count // 2))
         return None, *gradients
-
-
-def _wide(matrix: Tensor) -> Tensor:
-    return matrix.to(torch.promote_types(matrix.dtype, torch.float32))

@@ -25,6 +25,7 @@ from ...low_rank import LowRank
 from ...method import AdapterUnit
 from ..lora.unit import LinearUnit as LoraLinearUnit
 from .config import AdaLoraConfig
+from .leaving import Leaves
 
 # The deviation of A and B at first.
 _STD = 0.02
@@ -51,6 +52,8 @@ class AdaLoraUnit(AdapterUnit):
     lora_E: nn.Parameter
     kept: Tensor
     settled: Tensor
+    # Where the orthogonality is left in forward, while an engine has sharded the parameters (see `leaving`).
+    leaves: Leaves | None = None
 
     def __init__(
         self, config: AdaLoraConfig, path: str, base: type[BaseWeight], layer: Any, device: torch.device, dtype: Any
@@ -108,8 +111,15 @@ class AdaLoraUnit(AdapterUnit):
         E = parameter(self, "lora_E")
         if E.shape[0] == 0 or type(self) is not LinearUnit:
             return None
-        p = self.dropout if self.training else 0.0
-        return LowRank(parameter(self, "lora_A") * E, parameter(self, "lora_B"), self.scaling, p)
+        return self._term(parameter(self, "lora_A"), parameter(self, "lora_B"), E)
+
+    def _term(self, A: Tensor, B: Tensor, E: Tensor) -> LowRank:
+        return LowRank(A * E, B, self.scaling, self.dropout if self.training else 0.0)
+
+    def _watched(self) -> tuple[Tensor, Tensor]:
+        """A and B, whose orthogonality is left for the loss where that is asked for; in forward."""
+        A, B = parameter(self, "lora_A"), parameter(self, "lora_B")
+        return (A, B) if self.leaves is None else self.leaves.watch(self, A, B)
 
     def delta(self) -> Tensor:
         """s B (E * A), (N, K); fp32, or fp64 for an fp64 adapter."""
@@ -148,10 +158,10 @@ class LinearUnit(AdaLoraUnit):
 
     def forward(self, x: Tensor, owner: AdaptedLayer, y: Tensor | None = None) -> Tensor:
         """See `AdapterUnit.forward`."""
-        term = self.low_rank()
-        if term is None:
+        E = parameter(self, "lora_E")
+        if E.shape[0] == 0:
             return cast(Tensor, owner.frozen(x)) if y is None else y
-        return low_rank.linear(x, term, owner, y)
+        return low_rank.linear(x, self._term(*self._watched(), E), owner, y)
 
 
 class ConvUnit(AdaLoraUnit):
@@ -181,7 +191,8 @@ class ConvUnit(AdaLoraUnit):
             return y
         layer: Any = owner
         kernel = layer.kernel_size
-        A = (self.lora_A * self.lora_E).unflatten(1, (layer.in_channels, *kernel))
-        B = self.lora_B.view(*self.lora_B.shape, *(1 for _ in kernel))
+        A, B = self._watched()
+        A = (A * self.lora_E).unflatten(1, (layer.in_channels, *kernel))
+        B = B.view(*B.shape, *(1 for _ in kernel))
         term = low_rank.conv(x, A, B, owner, p=self.dropout if self.training else 0.0)
         return y + (self.scaling * term).to(y.dtype)

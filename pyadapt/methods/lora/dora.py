@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ...base import BaseWeight, base_of
+from ...distributed.sharding import whole
 from ...layer import AdaptedLayer
 from ...method import AdapterUnit, Fold
 from ...ops.dora import ScaleFeatures
@@ -88,8 +89,8 @@ class DoraUnit(LoraUnit):
         """Make m the norm that `layer` has with A and B as they are, so that c is 1."""
         base = base_of(layer)
         assert base is not None
-        weight, weight_scale, _ = base.operands(layer)
-        with torch.no_grad():
+        with torch.no_grad(), whole(layer, [layer]):
+            weight, weight_scale, _ = base.operands(layer)
             self.lora_magnitude_vector.view(-1).copy_(self.norm(weight, weight_scale))
 
     def norm(self, weight: Tensor, weight_scale: Tensor | None) -> Tensor:

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from ...base import BaseWeight, base_of
+from ...distributed.sharding import running
 from ...method import DATA_FOLLOWS, Preparation
 from ...planning import make_plan
 from .inits import INITS, Init, start_kaiming
@@ -137,6 +138,7 @@ def eva_state(
         if is_wrapped(model):
             stack.enter_context(model.disable_adapter())
         stack.enter_context(_evaluating(model))
+        stack.enter_context(running(model))
         return _analyse(model, config, paths, loader, forward or call_with)
 
 

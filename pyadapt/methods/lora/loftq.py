@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from ...base import BaseWeight, base_of
 from ...base.int8 import Int8, make_int8
+from ...distributed.sharding import replacing, whole
 from ...integrations.transformers import QUANT_METHOD
 from ...layer import AdaptedLayer
 from ...method import Preparation
@@ -157,7 +158,9 @@ def _start_loftq(unit: LoraUnit, config: LoraConfig, base: type[BaseWeight], lay
     bits, rounds = config.loftq_config["loftq_bits"], config.loftq_config["loftq_iter"]
     own_A, own_B = unit.parameters_of_factors()
     quantise = _quantiser(bits, base.dtype(layer))
-    (A, B), before = fit(base.matrix(layer), own_A.shape[0], unit.scaling, rounds, quantise)
+    with whole(layer, [layer]):
+        matrix = base.matrix(layer)
+    (A, B), before = fit(matrix, own_A.shape[0], unit.scaling, rounds, quantise)
     own_A.copy_(A)
     own_B.copy_(B)
     unit.change_layer = partial(_quantise_layer, base, layer, bits, unit.scaling, before)
@@ -171,12 +174,13 @@ def _quantiser(bits: int, dtype: torch.dtype) -> Quantiser:
 
 
 def _quantise_layer(base: type[BaseWeight], layer: Any, bits: int, s: float, factors: Factors | None) -> None:
-    matrix = target(base.matrix(layer), s, factors)
-    if bits == 8:
-        make_int8(layer)
-        Int8.assign(layer, _as_fp16(matrix))
-    else:
-        base.assign(layer, normal_float_values(matrix, bits))
+    with replacing(layer) if bits == 8 else whole(layer, [layer], write=True):
+        matrix = target(base.matrix(layer), s, factors)
+        if bits == 8:
+            make_int8(layer)
+            Int8.assign(layer, _as_fp16(matrix))
+        else:
+            base.assign(layer, normal_float_values(matrix, bits))
 
 
 def _check_loftq(config: LoraConfig, model: nn.Module, path: str, base: type[BaseWeight], layer: Any) -> None:
@@ -249,12 +253,14 @@ def fit_to_original(
     W = _read(originals, path, layer)
     if not bool(torch.isfinite(W).all()):
         raise ValueError(f"the original weight of {path} holds a NaN or an infinity")
-    with torch.no_grad():
+    # Quantised again and again, and put back: what is written is not to be kept.
+    with torch.no_grad(), whole(layer, [layer], write=rounds > 1):
         return fit(W, r, s, rounds, _Requantiser(layer))
 
 
 def _quantise_again(originals: OriginalWeights, path: str, layer: Any, s: float, factors: Factors) -> None:
-    _kind(layer).assign(layer, target(_read(originals, path, layer), s, factors))
+    with whole(layer, [layer], write=True):
+        _kind(layer).assign(layer, target(_read(originals, path, layer), s, factors))
 
 
 def _read(originals: OriginalWeights, path: str, layer: Any) -> Tensor:

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ...distributed.sharding import whole
 from .inits import INITS, Init
 
 if TYPE_CHECKING:
@@ -52,11 +53,12 @@ def check_weight(config: LoraConfig, model: nn.Module, path: str, base: type[Bas
     r, (n, k) = config.rank_of(path), base.shape(layer)
     if r > min(n, k):
         raise ValueError(f"rank {r} is more than a {n} x {k} weight has; at most {min(n, k)} is possible")
-    weight = next(iter(base.stored(layer).values()))
-    if weight.is_meta or weight.numel() == 0:
-        raise RuntimeError("its weight has no values here; load and wrap the model before it is sharded or offloaded")
-    if not base.quantized and not all(map(torch.isfinite, torch.aminmax(weight.detach()))):
-        raise ValueError("its weight holds a NaN or an infinity")
+    with whole(layer, [layer]):
+        weight = next(iter(base.stored(layer).values()))
+        if weight.is_meta or weight.numel() == 0:
+            raise RuntimeError("its weight has no values here; load and wrap the model before it is offloaded")
+        if not base.quantized and not all(map(torch.isfinite, torch.aminmax(weight.detach()))):
+            raise ValueError("its weight holds a NaN or an infinity")
 
 
 def check_weight_and_scaling(
@@ -69,7 +71,7 @@ def check_weight_and_scaling(
 
 
 def _start_pissa(unit: LoraUnit, config: LoraConfig, base: type[BaseWeight], layer: Any) -> None:
-    matrix, r = base.matrix(layer), unit.parameters_of_factors()[0].shape[0]
+    matrix, r = _matrix(base, layer), unit.parameters_of_factors()[0].shape[0]
     _, fast, rounds = str(config.init_lora_weights).rpartition("_niter_")
     U, S, Vh = _fast_svd(matrix, r, int(rounds)) if fast else top_singular(matrix, r)
     _start_from(unit, *balanced(U, S / unit.scaling, Vh))
@@ -77,8 +79,13 @@ def _start_pissa(unit: LoraUnit, config: LoraConfig, base: type[BaseWeight], lay
 
 def _start_olora(unit: LoraUnit, config: LoraConfig, base: type[BaseWeight], layer: Any) -> None:
     r = unit.parameters_of_factors()[0].shape[0]
-    Q, R = torch.linalg.qr(base.matrix(layer))
+    Q, R = torch.linalg.qr(_matrix(base, layer))
     _start_from(unit, R[:r], Q[:, :r])
+
+
+def _matrix(base: type[BaseWeight], layer: Any) -> Tensor:
+    with whole(layer, [layer]):
+        return base.matrix(layer)
 
 
 def _fast_svd(matrix: Tensor, r: int, rounds: int) -> tuple[Tensor, Tensor, Tensor]:

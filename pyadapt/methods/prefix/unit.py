@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ...anatomy import AdaptedAttention, AttentionCall, AttentionUnit, Core
-from ...layer import AdaptedLayer
+from ...layer import AdaptedLayer, unwrapped
 from ...method import AdapterUnit, UnitBeside
 from ...prompt_learning import PROMPT_KEY
 from ...remembering import Remembered
@@ -50,6 +50,35 @@ class _Projection(torch.autograd.Function):
         gradient, hidden = gradient.to(output_weight.dtype), hidden.to(output_weight.dtype)
         inner = (gradient @ output_weight) * (1 - hidden * hidden)
         return inner @ hidden_weight, inner.T @ embedding, inner.sum(0), gradient.T @ hidden, gradient.sum(0)
+
+
+class _Copy(torch.autograd.Function):
+    """A copy of P that knows whether its gradient comes in parts, which an engine may not take.
+
+    So it does under reentrant checkpointing, block by block. DDP would average the first part alone over the ranks, and
+    FSDP1 has let go of the weights behind P after it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, prefix: Tensor, parameters: tuple[Tensor, ...]) -> Tensor:
+        """P as a tensor of its own; `parameters` are those that it was made of, where that is more than P itself."""
+        ctx.parts, ctx.parameters = 0, parameters
+        ctx.in_ddp = nn.parallel.DistributedDataParallel._get_active_ddp_module() is not None
+        return prefix.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        """The gradient as it is."""
+        ctx.parts += 1
+        gone = any(parameter.untyped_storage().nbytes() == 0 for parameter in ctx.parameters)
+        if ctx.parts > 1 and (ctx.in_ddp or gone):
+            raise RuntimeError(
+                "prefix tuning under DistributedDataParallel, or with prefix_projection under FSDP1, cannot have "
+                "reentrant gradient checkpointing, which brings the prefix a gradient for each block apart: set "
+                'gradient_checkpointing_kwargs={"use_reentrant": False}'
+            )
+        return gradient, None
 
 
 class PrefixUnit(UnitBeside):
@@ -132,17 +161,23 @@ class PrefixUnit(UnitBeside):
     def run(units: Sequence[nn.Module], owner: AdaptedLayer, *args: Any, **kwargs: Any) -> Any:
         """See `AdapterUnit.run`: the prefixes are at hand while the blocks run."""
         for unit in units:
-            assert isinstance(unit, PrefixUnit)
-            unit.handed_out.get(unit.parameters(), functools.partial(unit.hand_out, owner))
+            inner: Any = unwrapped(unit)
+            # The unit itself is called, whatever an engine has put around it: what it reads is at hand in its forward.
+            inner.handed_out.get(unit.parameters(), functools.partial(inner.hand_out, unit, owner))
         return owner.frozen(*args, **kwargs)
 
     def forward(self, owner: AdaptedLayer) -> Tensor:  # type: ignore[override]
         """P, as a copy: engines take back the memory of a parameter after this call."""
-        return self.made(dict(self.named_parameters(recurse=False))).clone()
+        weights = self.weights()
+        prefix = self.made(weights)
+        if torch.compiler.is_compiling():
+            return prefix.clone()
+        # A parameter itself has to be seen as such by what gathers its gradient.
+        return _Copy.apply(prefix, () if "prefix" in weights else tuple(weights.values()))
 
-    def hand_out(self, owner: AdaptedLayer) -> None:
-        """Give each attention its keys and values of P, (1, heads, n, D) each."""
-        blocks = self(owner).split(self.widths, dim=1)
+    def hand_out(self, unit: nn.Module, owner: AdaptedLayer) -> None:
+        """Give each attention its keys and values of P, (1, heads, n, D) each; P comes of calling `unit`."""
+        blocks = unit(owner).split(self.widths, dim=1)
         for reader, block in zip(self.readers, self.blocks, strict=True):
             reader.handed.pair = blocks[block].unflatten(1, (2, reader.heads, -1)).permute(1, 2, 0, 3).unsqueeze(1)
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...distributed.sharding import call_inside
 from ...tying import input_embedding
 
 # Inputs that say something of each token, in which virtual tokens are zero.
@@ -47,7 +48,7 @@ def with_prompt(owner: Any, prompt: Tensor, given: dict[str, Any]) -> tuple[dict
     if inserted:
         table: Any = input_embedding(owner)
         states = given.get("inputs_embeds")
-        states = table(given["input_ids"]) if states is None else states
+        states = call_inside(owner, table, given["input_ids"]) if states is None else states
         rows = prompt.to(states.dtype).expand(states.shape[0], -1, -1)
         given["input_ids"], given["inputs_embeds"] = None, torch.cat([rows, states], dim=1)
         for name in _BY_TOKEN:

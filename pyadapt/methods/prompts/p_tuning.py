@@ -78,7 +78,7 @@ class PromptEncoderUnit(InputPrompt):
 
     def prompt(self, rows: int) -> Tensor:
         """See `InputPrompt.prompt`."""
-        return self.made(dict(self.named_parameters(recurse=False)))
+        return self.made(self.weights())
 
     def made(self, weights: Mapping[str, Tensor]) -> Tensor:
         """The prompt from parameters of this unit, (parts n, d)."""

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...distributed.sharding import whole
 from ...files import AdapterFileError, adapter_weights_path, read_tensors
 from ...prompt_learning import PROMPT_KEY
 from ...tying import input_embedding
@@ -79,5 +80,5 @@ def _tokens(config: Any) -> list[int]:
 
 def _looked_up(table: Any, ids: Tensor) -> Tensor:
     """Through the table's own forward, which may scale its rows."""
-    with torch.no_grad():
+    with torch.no_grad(), whole(table, [table]):
         return table(ids.to(table.weight.device)).float()

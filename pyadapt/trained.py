@@ -1,0 +1,135 @@
+"""What of a wrapped model's state dict training changes: all but the frozen weights, which a checkpoint can do without.
+
+That is every adapter with its buffers, trained copies of modules and biases, buffers of the base (running statistics),
+parameters of the base that somebody has thawed by hand, and embeddings that an adapter's file carries.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from .biases import COPY
+from .distributed.sharding import whole_shape
+from .files import AdapterFileError, write_safetensors
+from .layer import WRAPPED, LiveDict, base_modules
+from .vocabulary import stored_weights
+
+# The name of transformers and accelerate for the weights of a checkpoint, and a key that no model has: a file with it
+# is a checkpoint's, without the base model, and who takes it for a whole model is told of an unexpected key.
+CHECKPOINT_FILE = "model.safetensors"
+MARK = "pyadapt_checkpoint_without_base"
+
+
+class Trained:
+    """The names in the state dict of a wrapped model, without any prefix, of what training changes.
+
+    Args:
+        model: a wrapped model, in the hands of an engine or not.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._within: set[str] = set()
+        self._names: set[str] = set()
+        for path, module in base_modules(model):
+            start = f"{path}." if path else ""
+            inside = [name for name, child in module._modules.items() if isinstance(child, LiveDict)]
+            self._within.update(start + name for name in inside)
+            self._names.update(
+                start + name for name in module._buffers if name not in module._non_persistent_buffers_set
+            )
+            # Plain tensors with gradients are FSDP1's views of a flat parameter.
+            self._names.update(
+                start + name
+                for name, parameter in module._parameters.items()
+                if name.startswith(COPY) or (isinstance(parameter, nn.Parameter) and parameter.requires_grad)
+            )
+        for name in model.peft_config:
+            self._names.update(own_name for own_name, _, _ in stored_weights(model, name).values())
+
+    def __contains__(self, name: str) -> bool:
+        """Whether training changes what the state dict has under `name`."""
+        name = without_wrappers(name)
+        if name in self._names:
+            return True
+        return any(name[:end] in self._within for end in _dots(name))
+
+
+def trained_state(model: Any) -> dict[str, Tensor]:
+    """What training changes, out of the state dict of a model that is not sharded."""
+    trained = Trained(model)
+    return {name: value for name, value in nn.Module.state_dict(model).items() if name in trained}
+
+
+def without_wrappers(name: str) -> str:
+    """A name in a state dict as it is without the wrappers of FSDP1, torch.compile and activation checkpointing."""
+    return ".".join(part for part in name.split(".") if part not in WRAPPED)
+
+
+def write_trained_state(model: Any, folder: str, file: str = CHECKPOINT_FILE) -> None:
+    """Write `trained_state` as the weights of a checkpoint, in a way that nobody takes for a whole model's."""
+    tensors = {**trained_state(model), MARK: torch.ones(1, dtype=torch.uint8)}
+    write_safetensors(os.path.join(folder, file), tensors)
+
+
+def remove_trained_state(folder: str) -> None:
+    """Take away what `write_trained_state` has left in `folder`; a whole model's file stays."""
+    path = os.path.join(folder, CHECKPOINT_FILE)
+    if is_trained_state(path):
+        os.remove(path)
+
+
+def is_trained_state(path: str) -> bool:
+    """Whether the file is one of `write_trained_state`."""
+    if not os.path.isfile(path):
+        return False
+    try:
+        with safe_open(path, "pt") as file:
+            return MARK in set(file.keys())
+    except (OSError, SafetensorError):
+        return False
+
+
+def check_trained_state(model: Any, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse the tensors of a checkpoint that was written over another model or other adapters.
+
+    Args:
+        model: a wrapped model.
+        tensors: by their names in its state dict, without a prefix.
+
+    Raises:
+        AdapterFileError: names or shapes differ; the message lists which.
+    """
+    trained = Trained(model)
+    wanted = {
+        without_wrappers(name): whole_shape(value)
+        for name, value in nn.Module.state_dict(model, keep_vars=True).items()
+        if name in trained
+    }
+    found = {without_wrappers(name): tuple(value.shape) for name, value in tensors.items()}
+    problems = list(_differences(wanted, found))
+    if problems:
+        more = [f"  and {len(problems) - 20} more"] if len(problems) > 20 else []
+        raise AdapterFileError(
+            f"the checkpoint belongs to another model or other adapters than this {type(model).__name__}; wrap the "
+            "same model with the same configuration:\n" + "\n".join(problems[:20] + more)
+        )
+
+
+def _differences(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> Iterable[str]:
+    for name in sorted(wanted.keys() | found.keys()):
+        if name not in found:
+            yield f"  missing:   {name} {wanted[name]}"
+        elif name not in wanted:
+            yield f"  extra:     {name} {found[name]}"
+        elif wanted[name] != found[name]:
+            yield f"  misshapen: {name} is {found[name]}, wanted {wanted[name]}"
+
+
+def _dots(name: str) -> Iterator[int]:
+    return (i for i, letter in enumerate(name) if letter == ".")

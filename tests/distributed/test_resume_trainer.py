@@ -1,0 +1,21 @@
+"""transformers' Trainer under each engine: saved on two ranks, resumed on two and on another number."""
+
+from __future__ import annotations
+
+import os
+
+import gang
+import pytest
+from test_resume_engines import assert_goes_on
+from trainer_cases import run
+
+
+@pytest.mark.parametrize("engine", ["ddp", "zero3", "fsdp2", "fsdp2_sharded"])
+def test_trainer_goes_on(engine, tmp_path):
+    folder = str(tmp_path)
+    whole = gang.run(2, run, engine, folder, group=False, timeout=180)[0]
+    for ranks in (2, 1):
+        again = gang.run(ranks, run, engine, folder, True, group=False, timeout=180)[0]
+        assert_goes_on(again, whole, f"on {ranks}", exact=ranks == 2)
+    files = os.listdir(tmp_path / "checkpoint-2")
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= set(files), files

@@ -1,0 +1,192 @@
+"""transformers' Trainer under each engine, and accelerate's loop, saved and resumed. Run on the ranks of a gang.
+
+The gang is run without a process group, which accelerate makes itself.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from typing import Any
+
+import torch
+from engines import ZERO3
+from models import model_batch
+from resume_cases import SAVED_AT, STEPS, WITHOUT_BIASES, Result, wrapped
+
+import pyadapt
+
+ROWS = 4 * STEPS
+
+
+class Rows(torch.utils.data.Dataset):
+    """As many rows as all steps take."""
+
+    def __init__(self) -> None:
+        batch = model_batch("bert", rows=ROWS)
+        self.rows = [{key: value[i] for key, value in batch.items()} for i in range(ROWS)]
+
+    def __len__(self) -> int:
+        return ROWS
+
+    def __getitem__(self, index: int) -> Any:
+        return self.rows[index]
+
+
+def run(
+    engine: str,
+    folder: str,
+    resume: bool | str = False,
+    dropout: float = 0.0,
+    killed: str | None = None,
+) -> Result:
+    """Trainer for STEPS steps, of which each SAVED_AT-th is saved; or the rest of them, from a checkpoint.
+
+    Args:
+        engine: "zero3", "fsdp1", "fsdp2", the last two also with "_sharded" for SHARDED_STATE_DICT, "ddp", or "alone".
+        folder: output folder.
+        resume: the checkpoint to go on from; True for the first in it.
+        dropout: of the adapter.
+        killed: where the process ends by SIGKILL: "between steps", behind the third, or "saving" the second checkpoint.
+    """
+    from transformers import Trainer, TrainingArguments
+
+    options = _options(engine, folder)
+    arguments = TrainingArguments(
+        output_dir=folder, per_device_train_batch_size=4 // int(os.environ.get("WORLD_SIZE", 1)), learning_rate=1e-2,
+        max_steps=STEPS, save_steps=SAVED_AT, logging_steps=1, report_to=[], disable_tqdm=True, seed=11,
+        dataloader_pin_memory=False, average_tokens_across_devices=False, **options,
+    )  # fmt: skip
+    seed = 4 if resume else 3
+    model = wrapped(seed, lora_dropout=dropout, **(WITHOUT_BIASES if "fsdp1" in engine else {}))
+    trainer = Trainer(model=model, args=arguments, train_dataset=Rows())
+    if "sharded" in engine:
+        trainer.add_callback(pyadapt.AdapterCheckpoint())
+    if killed is not None:
+        trainer.add_callback(_killer(trainer, killed))
+    checkpoint = os.path.join(folder, f"checkpoint-{SAVED_AT}") if resume is True else resume or None
+    trainer.train(resume_from_checkpoint=checkpoint)
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    # The history of a run that was resumed has its first part as well.
+    adapter = {key: value.detach().numpy() for key, value in model.get_adapter_state_dict().items()}
+    return losses[SAVED_AT if resume else 0 :], adapter
+
+
+def loop(
+    engine: str, folder: str, first: int = 0, dropout: float = 0.0, killed: str | None = None, hooks: bool = True
+) -> Result:
+    """A loop with accelerate from step `first`, before which it loads from `folder`, where it saves behind SAVED_AT.
+
+    Args:
+        engine: "alone", "ddp", "zero3" or "fsdp2".
+        folder: of the checkpoint.
+        first: number of the first step.
+        dropout: of the adapter.
+        killed: see `run`.
+        hooks: whether `checkpoint_adapters` is called.
+    """
+    from accelerate import Accelerator
+    from accelerate.utils import DataLoaderConfiguration, DeepSpeedPlugin, FullyShardedDataParallelPlugin, set_seed
+
+    options = _options(engine, folder)
+    config = DataLoaderConfiguration(use_seedable_sampler=True)
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    if engine == "zero3":
+        zero3 = {**ZERO3, "train_micro_batch_size_per_gpu": 4 // ranks}
+        accelerator = Accelerator(dataloader_config=config, deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=zero3))
+    elif engine == "fsdp2":
+        plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2,
+            auto_wrap_policy="transformer_based_wrap",
+            transformer_cls_names_to_wrap=["BertLayer"],
+            cpu_ram_efficient_loading=False,
+            state_dict_type="SHARDED_STATE_DICT",
+        )
+        accelerator = Accelerator(dataloader_config=config, fsdp_plugin=plugin)
+    else:
+        accelerator = Accelerator(cpu=options["use_cpu"], dataloader_config=config)
+    set_seed(7, device_specific=False)
+    model = wrapped(3 + first, lora_dropout=dropout)
+    set_seed(7 + accelerator.process_index)
+    optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], lr=1e-2)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+    # With a generator of its own: or each start of an iterator draws from the one that dropout draws from.
+    generator = torch.Generator().manual_seed(7)
+    loader = torch.utils.data.DataLoader(Rows(), batch_size=4 // ranks, shuffle=True, generator=generator)
+    call, optimizer, loader, scheduler = accelerator.prepare(model, optimizer, loader, scheduler)
+    if hooks:
+        pyadapt.distributed.checkpoint_adapters(accelerator)
+    call.train()
+    if first:
+        accelerator.load_state(folder)
+    batches = iter(accelerator.skip_first_batches(loader, first) if first else loader)
+    losses = []
+    for step in range(first, STEPS):
+        loss = call(**next(batches)).loss
+        accelerator.backward(loss)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        losses.append(float(accelerator.reduce(loss.detach(), "mean")))
+        if step + 1 == SAVED_AT and not first:
+            accelerator.save_state(folder)
+            accelerator.wait_for_everyone()
+        if killed == "between steps" and step + 1 == SAVED_AT + 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+    return losses, {key: value.detach().numpy() for key, value in model.get_adapter_state_dict().items()}
+
+
+def _killer(trainer: Any, where: str) -> Any:
+    """A callback that ends the process; see `run`."""
+    from transformers import TrainerCallback
+
+    def end(*args: Any, **kwargs: Any) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    class Killer(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == SAVED_AT + 1 and where == "between steps":
+                end()
+            if state.global_step == 2 * SAVED_AT:
+                # Asked for when the adapters of this checkpoint are there, and nothing else of it.
+                trainer.optimizer.state_dict = end
+
+    return Killer()
+
+
+def _options(engine: str, folder: str) -> dict[str, Any]:
+    """What TrainingArguments say of the engine, and accelerate's state as it is on GPUs, with gloo in NCCL's place."""
+    from accelerate import PartialState
+    from accelerate.utils import DistributedType
+
+    if engine == "alone":
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+            os.environ.pop(name, None)
+        return {"use_cpu": True}
+    if engine == "ddp":
+        return {"use_cpu": True, "ddp_backend": "gloo"}
+    configured = {"accelerator_config": {"use_configured_state": True}}
+    os.environ["ACCELERATE_USE_CPU"] = "false"
+    if engine == "zero3":
+        os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+        PartialState(backend="gloo")
+        config = {**ZERO3, "train_micro_batch_size_per_gpu": "auto", "gradient_clipping": "auto"}
+        # As `accelerate launch` says it.
+        os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = os.path.join(folder, "zero3.json")
+        with open(os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"], "w", encoding="utf-8") as file:
+            json.dump(config, file)
+        return configured
+    kind, _, sharded = engine.partition("_")
+    os.environ.update({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": kind[-1]})
+    PartialState(backend="gloo")
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    config = {
+        "version": int(kind[-1]),
+        "transformer_layer_cls_to_wrap": ["BertLayer"],
+        "cpu_ram_efficient_loading": False,
+        "state_dict_type": "SHARDED_STATE_DICT" if sharded else "FULL_STATE_DICT",
+    }
+    if kind == "fsdp1":
+        config.update(use_orig_params=True, sync_module_states=False)
+    return {**configured, "fsdp": "full_shard auto_wrap", "fsdp_config": config}
