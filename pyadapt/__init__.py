@@ -15,6 +15,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from . import distributed as distributed
     from . import optim as optim
     from .config import AdapterConfig as AdapterConfig
     from .config import TaskType as TaskType
@@ -194,7 +195,7 @@ _HOMES = {
 }
 
 # Modules that are named by their users.
-_MODULES = ("optim",)
+_MODULES = ("distributed", "optim")
 
 __all__ = ["__version__", *_HOMES, *_MODULES]
 

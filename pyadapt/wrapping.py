@@ -135,7 +135,8 @@ def _put(
         checkpoint.fill_adapter(adapted, name, tensors or {})
         fill_training_state(adapted, name, state or {})
         attach.fill(adapted, name, values or {})
-        launched.check_ready(adapted)
+        if trainable:
+            launched.check_ready(adapted)
     except BaseException:
         adapted.unload()
         raise

@@ -195,20 +195,17 @@ def gathered_fsdp1(weights: list[Weight], ranks: int) -> int:
 
 
 def gathered_zero3(weights: list[Weight], ranks: int) -> int:
-    """A module is gathered in parts and put together, which is twice its size; in backward beside the one before it.
+    """Twice the largest module, which is gathered in parts and put together.
 
-    It is no less than what the gradients take on their way through the bucket, which is all where one rank is alone.
+    It is no less than the gradients on their way to the bucket, which is all where one rank is alone.
     """
-    reduced = 2 * total(trained(weights))
+    reduced = total(trained(weights))
     if ranks == 1:
         return reduced
-    by_module: dict[int, int] = {}
+    modules: dict[int, int] = {}
     for weight in weights:
-        if not weight.trained:
-            by_module[weight.module] = by_module.get(weight.module, 0) + weight.size
-    sizes = [size for _, size in sorted(by_module.items())]
-    pairs = zip([0, *sizes], sizes, strict=False)
-    return max([reduced, *(2 * max(pair) + min(pair) for pair in pairs)])
+        modules[weight.module] = modules.get(weight.module, 0) + weight.size
+    return max(reduced, 2 * max(modules.values()))
 
 
 # --- communication a step ---

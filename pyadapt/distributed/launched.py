@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .policy import Fsdp1Settings, check_fsdp1
+from .policy import Fsdp1Settings, check_fsdp1, check_fsdp2, fsdp_auto_wrap_policy
 from .preparing import prepare_for_sharding
 
 logger = logging.getLogger("pyadapt")
@@ -67,7 +67,7 @@ def get_ready(model: nn.Module) -> None:
     if engine is not None:
         check_versions(engine)
         report = prepare_for_sharding(model, engine)
-        if report.layers:
+        if report.layers or report.united:
             logger.info("%s", report)
 
 
@@ -77,8 +77,24 @@ def check_ready(model: nn.Module) -> None:
     Raises:
         ValueError: so it is; the message has the line of accelerate's configuration that mends it.
     """
-    if engine_to_come() == "fsdp1":
-        check_fsdp1(model, _fsdp1_settings())
+    engine = engine_to_come()
+    classes = _classes_of_blocks(model)
+    if engine == "fsdp2" and classes is not None:
+        check_fsdp2(model, classes, upcast=_precision() != "no")
+    if engine != "fsdp1" or classes is None:
+        return
+    plugin = _accelerator_state().get("fsdp_plugin")
+    if plugin is not None:
+        check_fsdp1(model, _fsdp1_settings(None))
+        # What peft's models are given by Trainer: the blocks as they were asked for, and what is trained.
+        plugin.auto_wrap_policy = fsdp_auto_wrap_policy(model, classes)
+        return
+    try:
+        check_fsdp1(model, _fsdp1_settings(tuple(classes)))
+    except ValueError as error:
+        # There is no Accelerator yet; the script may give it our policy.
+        check_fsdp1(model, _fsdp1_settings(None))
+        logger.warning("%s; or accelerator.state.fsdp_plugin.auto_wrap_policy = fsdp_auto_wrap_policy(model)", error)
 
 
 def check_versions(engine: str) -> None:
@@ -123,25 +139,34 @@ def check_synchronised() -> None:
         )
 
 
-def _fsdp1_settings() -> Fsdp1Settings:
+def _classes_of_blocks(model: Any) -> list[str] | None:
+    """Names of the classes that accelerate makes units or groups of FSDP; None where it goes by something else."""
+    plugin = _accelerator_state().get("fsdp_plugin")
+    if plugin is None:
+        by_class = os.environ.get("FSDP_AUTO_WRAP_POLICY", "").upper() == "TRANSFORMER_BASED_WRAP"
+        named: Any = os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP")
+    else:
+        by_class = getattr(plugin.auto_wrap_policy, "__name__", "") == "transformer_auto_wrap_policy"
+        named = plugin.transformer_cls_names_to_wrap
+    names = named.split(",") if isinstance(named, str) else list(named or ())
+    names = [name.strip() for name in names if name.strip()] or list(getattr(model, "_no_split_modules", None) or ())
+    return names if by_class else None
+
+
+def _fsdp1_settings(classes: tuple[str, ...] | None) -> Fsdp1Settings:
     """What accelerate has been told of FSDP1, in its plugin or, before there is one, by its launcher."""
     plugin = _accelerator_state().get("fsdp_plugin")
     if plugin is None:
-        named = os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP") or None
-        by_class = os.environ.get("FSDP_AUTO_WRAP_POLICY", "").upper() == "TRANSFORMER_BASED_WRAP"
         use_orig_params = "FSDP_USE_ORIG_PARAMS" not in os.environ or _says("FSDP_USE_ORIG_PARAMS")
-        precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     else:
-        classes = plugin.transformer_cls_names_to_wrap
-        named = classes if classes is None or isinstance(classes, str) else ",".join(classes)
-        by_class = getattr(plugin.auto_wrap_policy, "__name__", "") == "transformer_auto_wrap_policy"
         use_orig_params = bool(plugin.use_orig_params)
-        precision = str(_accelerator_state().get("_mixed_precision") or "no")
-    return Fsdp1Settings(
-        use_orig_params=use_orig_params,
-        classes=tuple(name.strip() for name in named.split(",")) if by_class and named else None,
-        param_dtype=PRECISIONS.get(precision),
-    )
+    return Fsdp1Settings(use_orig_params, classes, PRECISIONS.get(_precision()))
+
+
+def _precision() -> str:
+    """accelerate's mixed precision: "no", "bf16", "fp16", ..."""
+    said = _accelerator_state().get("_mixed_precision") or os.environ.get("ACCELERATE_MIXED_PRECISION") or "no"
+    return str(said).lower()
 
 
 def _says(name: str) -> bool:

@@ -38,7 +38,7 @@ class Fsdp1Settings:
     param_dtype: torch.dtype | None = None
 
 
-def fsdp_auto_wrap_policy(model: nn.Module) -> Callable[..., bool]:
+def fsdp_auto_wrap_policy(model: nn.Module, classes: Iterable[str] | None = None) -> Callable[..., bool]:
     """The `auto_wrap_policy` of `FullyShardedDataParallel` for a wrapped model.
 
     The transformer's blocks are units, and so is each thing that is trained.
@@ -48,10 +48,11 @@ def fsdp_auto_wrap_policy(model: nn.Module) -> Callable[..., bool]:
 
     What is trained is left to the unit around it where other modules read it as well, and where it lies in a layer
     itself (biases); `use_orig_params=True` is needed then. A module whose inside is read from outside of it, as a
-    prompt reads the table of embeddings, is no unit.
+    prompt reads the table of embeddings, is no unit. In other models the blocks alone are units.
 
     Args:
-        model: a wrapped model. The classes of its blocks are those that `FSDP_TRANSFORMER_CLS_TO_WRAP` names
+        model: a wrapped model.
+        classes: names of the classes of its blocks; by default those that `FSDP_TRANSFORMER_CLS_TO_WRAP` names
             (accelerate sets it from `fsdp_transformer_layer_cls_to_wrap`), else those that transformers says not to
             split.
 
@@ -60,9 +61,14 @@ def fsdp_auto_wrap_policy(model: nn.Module) -> Callable[..., bool]:
     """
     from torch.distributed.fsdp.wrap import lambda_auto_wrap_policy
 
-    units = _own_units(model)
+    units, known = _own_units(model, classes), set(model.modules())
     _check_flat(model, units)
-    return functools.partial(lambda_auto_wrap_policy, lambda_fn=units.__contains__)
+    names = {_name(module) for module in units}
+
+    def is_unit(module: nn.Module) -> bool:
+        return module in units or (module not in known and _name(module) in names)
+
+    return functools.partial(lambda_auto_wrap_policy, lambda_fn=is_unit)
 
 
 def check_fsdp1(model: nn.Module, settings: Fsdp1Settings) -> None:
@@ -137,9 +143,10 @@ def check_fsdp2(model: Any, classes: Iterable[str], upcast: bool = False) -> Non
             )
 
 
-def _own_units(model: nn.Module) -> set[nn.Module]:
+def _own_units(model: nn.Module, classes: Iterable[str] | None = None) -> set[nn.Module]:
     """The units of `fsdp_auto_wrap_policy`."""
-    named = [name.strip() for name in os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP", "").split(",") if name.strip()]
+    said = os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP", "").split(",") if classes is None else classes
+    named = [name.strip() for name in said if name.strip()]
     blocks = _named_units(model, named or getattr(model, "_no_split_modules", None) or (), strict=bool(named))
     copies = {module.copies[name] for _, module in saved_modules(model) for name in module.copies}
     adapters = {module for module in model.modules() if isinstance(module, AdapterUnit) and _has_parameters(module)}

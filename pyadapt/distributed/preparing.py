@@ -15,6 +15,7 @@ from ..base.int8 import Int8, store_as
 from ..integrations.transformers import forget_quantization, is_transformers_model, mark_quantized
 from ..layer import AdaptedLayer, base_modules
 from .sharding import engine_of
+from .ties import unite_tied_tables
 
 ENGINES = {"zero3": "DeepSpeed ZeRO-3", "fsdp1": "FSDP1", "fsdp2": "FSDP2"}
 
@@ -29,6 +30,7 @@ class ShardingReport:
         bytes: of their weights and scales, over all ranks together.
         converted: paths of those that bitsandbytes had quantised before.
         stored_as: the floating dtype that FSDP1 sees their bytes as, which its mixed precision has to keep; else None.
+        united: paths of embeddings that are one module now with the one whose table they share (see `ties`).
     """
 
     engine: str
@@ -36,13 +38,20 @@ class ShardingReport:
     bytes: int = 0
     converted: tuple[str, ...] = ()
     stored_as: torch.dtype | None = None
+    united: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         """A line for each thing that was found or done."""
         name = ENGINES[self.engine]
-        if not self.layers:
+        if not self.layers and not self.united:
             return f"nothing to prepare for {name}: the model has no int8 weights"
-        lines = [f"{len(self.layers)} int8 layers, {self.bytes:,} bytes, of which {name} leaves each rank its part"]
+        lines = []
+        if self.united:
+            lines.append(f"{len(self.united)} embeddings share their module with another: {_some(self.united)}")
+        if self.layers:
+            lines.append(
+                f"{len(self.layers)} int8 layers, {self.bytes:,} bytes, of which {name} leaves each rank its part"
+            )
         if self.converted:
             lines.append(
                 f"{len(self.converted)} of them were made pyadapt's int8 from bitsandbytes' without loss: "
@@ -60,7 +69,8 @@ def prepare_for_sharding(model: nn.Module, engine: str) -> ShardingReport:
 
     Layers that bitsandbytes has made int8 become layers of pyadapt's own int8: the same int8 values, with SCB / 127 as
     their scale. An engine would keep bitsandbytes' whole on each rank (ZeRO-3) or fail on them (FSDP1, FSDP2). FSDP1,
-    which flattens floating parameters alone, sees the bytes of an int8 weight as the model's dtype.
+    which flattens floating parameters alone, sees the bytes of an int8 weight as the model's dtype. Under FSDP2
+    embeddings that share their table become one module in several places (see `ties`).
 
     Args:
         model: plain or wrapped.
@@ -101,6 +111,7 @@ def prepare_for_sharding(model: nn.Module, engine: str) -> ShardingReport:
         bytes=size,
         converted=tuple(path for path, _ in found),
         stored_as=dtype if engine == "fsdp1" and int8 else None,
+        united=tuple(unite_tied_tables(model)) if engine == "fsdp2" else (),
     )
 
 
