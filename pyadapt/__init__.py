@@ -82,8 +82,8 @@ if TYPE_CHECKING:
     )
     from .files import AdapterFileError as AdapterFileError
     from .integrations.callbacks import AdaLoraCallback as AdaLoraCallback
+    from .integrations.callbacks import AdapterCheckpoint as AdapterCheckpoint
     from .integrations.checkpoints import last_checkpoint as last_checkpoint
-    from .integrations.trainer import AdapterCheckpoint as AdapterCheckpoint
     from .integrations.transformers import load_quantized as load_quantized
     from .kbit import prepare_model_for_int8_training as prepare_model_for_int8_training
     from .kbit import prepare_model_for_kbit_training as prepare_model_for_kbit_training
@@ -137,7 +137,7 @@ __version__ = "0.1.0"
 # Where each public name lives.
 _HOMES = {
     "AdaLoraCallback": "integrations.callbacks",
-    "AdapterCheckpoint": "integrations.trainer",
+    "AdapterCheckpoint": "integrations.callbacks",
     "last_checkpoint": "integrations.checkpoints",
     "AdaLoraConfig": "methods.adalora",
     "AdapterConfig": "config",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -156,6 +156,20 @@ def _read(stages: list[Stage], weights: list[formulas.Weight]) -> Measured:
         traffic=traffic,
         weights=weights,
     )
+
+
+def block_activations(case: Case) -> float:
+    """Bytes a token that one block keeps: by difference, so that what lies outside blocks does not count."""
+    from .recorder import start_group
+
+    start_group()
+    kept = {
+        (layers, tokens): measure(replace(case, tokens=tokens), num_hidden_layers=layers).activations
+        for layers in (2, 4)
+        for tokens in (32, 64)
+    }
+    of_two_blocks = {tokens: kept[4, tokens] - kept[2, tokens] for tokens in (32, 64)}
+    return (of_two_blocks[64] - of_two_blocks[32]) / 2 / 32
 
 
 def measure_all(cases: list[Case]) -> list[Measured]:

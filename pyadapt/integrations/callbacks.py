@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
 from typing import Any
 
-from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..model import AdaptedModel, is_wrapped
+from ..model import AdaptedModel, wrapped_inside
 
 logger = logging.getLogger("pyadapt")
 
@@ -50,10 +50,24 @@ class AdaLoraCallback(TrainerCallback):
             _wrapped(model).update_and_allocate(state.global_step + 1)
 
 
+class AdapterCheckpoint(TrainerCallback):
+    """Writes the adapter files into each of Trainer's checkpoints, under any engine.
+
+    Trainer does so itself, but for FSDP with `SHARDED_STATE_DICT`, where it saves the engine's checkpoint alone.
+    Give it to the Trainer: `Trainer(model, ..., callbacks=[pyadapt.AdapterCheckpoint()])`.
+    """
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        """Gather the adapters, for which Trainer calls on every rank, and write them from the first."""
+        inside = _wrapped(model)
+        folder = os.path.join(args.output_dir or ".", f"checkpoint-{state.global_step}")
+        inside.save_pretrained(folder, is_main_process=args.should_save)
+
+
 def _wrapped(model: Any) -> AdaptedModel:
-    while isinstance(model, nn.Module) and not is_wrapped(model):
-        inner = getattr(model, "_orig_mod", None) or getattr(model, "module", None)
-        if inner is None:
-            raise ValueError(f"AdaLoraCallback: this {type(model).__name__} carries no adapters of pyadapt")
-        model = inner
-    return model
+    inside = wrapped_inside(model)
+    if inside is None:
+        raise ValueError(f"a callback of pyadapt: this {type(model).__name__} carries no adapters of pyadapt")
+    return inside

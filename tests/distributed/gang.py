@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import io
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import queue
 import socket
@@ -26,6 +27,19 @@ _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["gang_imports"])
 
 
+def _start_server() -> None:
+    """Start the server, which finds what it imports by the environment alone, and passes over what it does not find."""
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+    try:
+        multiprocessing.forkserver.ensure_running()
+    finally:
+        if before is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = before
+
+
 class GangError(AssertionError):
     """A rank failed or did not end; the message has what each rank said."""
 
@@ -37,7 +51,7 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def run(ranks: int, function: Callable[..., Any], *args: Any, timeout: float = 60, group: bool = True) -> list[Any]:
+def run(ranks: int, function: Callable[..., Any], *args: Any, timeout: float = 180, group: bool = True) -> list[Any]:
     """Call `function(*args)` on each rank; its results in the order of ranks.
 
     Args:
@@ -50,6 +64,7 @@ def run(ranks: int, function: Callable[..., Any], *args: Any, timeout: float = 6
     Raises:
         GangError: a rank raised or died, or the time is up.
     """
+    _start_server()
     answers: Any = _CONTEXT.Queue()
     environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
     processes = []

@@ -22,7 +22,7 @@ def told(wrong):
     ],
 )
 def test_every_step_is_that_of_one_process(engine, names):
-    assert not any(wrong := gang.run(2, cases.compare_all, engine, names, timeout=150)), told(wrong)
+    assert not any(wrong := gang.run(2, cases.compare_all, engine, names)), told(wrong)
 
 
 def test_two_calls_before_a_backward():

@@ -15,5 +15,5 @@ if not (ROOT / "benchmarks").is_dir():
 @pytest.mark.parametrize("engine", ["zero3", "fsdp1", "fsdp2"])
 def test_no_gathered_weight_stays(engine, methods):
     """After forward, and after a step, none of the weights that were gathered is alive, in any form."""
-    for found in gang.run(2, memory_cases.kept, engine, methods, group=False, timeout=120):
+    for found in gang.run(2, memory_cases.kept, engine, methods, group=False):
         assert found == {"control": "caught"}

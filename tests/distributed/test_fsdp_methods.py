@@ -15,7 +15,7 @@ TWO_DTYPES = {"lora-bias", "p-tuning"}
 
 
 def check(engine, names, base, **options):
-    wrong = gang.run(2, methods_cases.compare_all, engine, names, base, options, timeout=120)
+    wrong = gang.run(2, methods_cases.compare_all, engine, names, base, options)
     assert wrong == [{}, {}], "\n".join(f"{name}: {text}" for name, text in wrong[0].items())
 
 

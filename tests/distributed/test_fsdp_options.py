@@ -20,20 +20,20 @@ ROWS = [
 @pytest.mark.parametrize("engine", [*ENGINES, "fsdp2_units"])
 def test_training_options_faults_and_switching(engine):
     rows = ROWS if engine == "ddp" else [*ROWS, ("lora", {"mixed": True, "steps": 2})]
-    wrong = gang.run(2, fsdp_cases.compare_all_options, engine, rows, timeout=180)
+    wrong = gang.run(2, fsdp_cases.compare_all_options, engine, rows)
     assert wrong == [{}, {}], "\n".join(f"{name}: {text}" for name, text in wrong[0].items())
 
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_four_processes(engine):
     rows = [("lora", {"steps": 2}), ("lora-saved", {"steps": 2})]
-    wrong = gang.run(4, fsdp_cases.compare_options, engine, rows, timeout=120)
+    wrong = gang.run(4, fsdp_cases.compare_options, engine, rows)
     assert wrong == [{}] * 4, "\n".join(f"{name}: {text}" for name, text in wrong[0].items())
 
 
 def test_compiled():
     rows = [("lora", {"backend": "aot_eager", "steps": 2})]
-    assert gang.run(2, fsdp_cases.compare_options, "ddp", rows, timeout=120) == [{}, {}]
+    assert gang.run(2, fsdp_cases.compare_options, "ddp", rows) == [{}, {}]
 
 
 def test_t5_prepared_by_accelerate_for_fsdp2():

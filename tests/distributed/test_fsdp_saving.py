@@ -10,7 +10,7 @@ NAMES = ["lora", "lora-saved", "lora-bias", "lora-embedding", "lora-tokens", "do
 @pytest.mark.parametrize("engine", ["ddp", "fsdp1", "fsdp1_flat", "fsdp2"])
 def test_bytes_of_one_process(engine, tmp_path):
     names = [name for name in NAMES if (engine, name) != ("fsdp1_flat", "lora-bias")]
-    wrong = gang.run(2, fsdp_cases.save_all, engine, names, str(tmp_path), timeout=120)
+    wrong = gang.run(2, fsdp_cases.save_all, engine, names, str(tmp_path))
     assert wrong == [{}, {}], "\n".join(f"{name}: {text}" for one in wrong for name, text in one.items())
 
 

@@ -28,7 +28,7 @@ def assert_goes_on(found, whole, where, exact):
 @pytest.mark.parametrize("engine", ENGINES)
 def test_goes_on_with_any_number_of_ranks(engine, tmp_path):
     folder = str(tmp_path)
-    both = gang.run(2, run_and_resume, engine, folder, timeout=180)
+    both = gang.run(2, run_and_resume, engine, folder)
     for rank, (whole, again) in enumerate(both):
         assert_goes_on(again, whole, f"rank {rank} of 2", exact=True)
     whole = both[0][0]
@@ -38,5 +38,5 @@ def test_goes_on_with_any_number_of_ranks(engine, tmp_path):
         assert names_in(engine, folder) == trained, "the base is not in it"
     # torch's optim_state_dict of FSDP1 fails where a rank has no part of a parameter, as of this tiny model on four.
     for ranks in (1,) if "fsdp1" in engine else (1, 4):
-        again = gang.run(ranks, run, engine, folder, SAVED_AT, timeout=180)
+        again = gang.run(ranks, run, engine, folder, SAVED_AT)
         assert_goes_on(again[0], whole, f"on {ranks}", exact=False)

@@ -18,13 +18,13 @@ from pyadapt.trained import MARK
 def killed(ranks, function, *args, **options):
     """Run what ends by SIGKILL; what the ranks said."""
     with pytest.raises(gang.GangError) as error:
-        gang.run(ranks, function, *args, timeout=180, **options)
+        gang.run(ranks, function, *args, **options)
     assert "died with exit code -9" in str(error.value)
     return str(error.value)
 
 
 def alone(function, *args):
-    return gang.run(1, function, "alone", *args, group=False, timeout=180)[0]
+    return gang.run(1, function, "alone", *args, group=False)[0]
 
 
 def test_trainer_is_bitwise(tmp_path):
@@ -61,9 +61,9 @@ def test_accelerate_is_bitwise(tmp_path):
 @pytest.mark.parametrize("engine", ["ddp", "zero3", "fsdp2"])
 def test_one_of_two_ranks(engine, tmp_path):
     folder = str(tmp_path)
-    whole = gang.run(2, resume_cases.run, engine, str(tmp_path / "whole"), timeout=180)[0]
+    whole = gang.run(2, resume_cases.run, engine, str(tmp_path / "whole"))[0]
     said = killed(2, resume_cases.run, engine, folder, 0, True)
     assert "rank 0: Traceback" in said, said
     assert "did not end in time" not in said, said
-    again = gang.run(2, resume_cases.run, engine, folder, resume_cases.SAVED_AT, timeout=180)[0]
+    again = gang.run(2, resume_cases.run, engine, folder, resume_cases.SAVED_AT)[0]
     assert_goes_on(again, whole, engine, exact=True)

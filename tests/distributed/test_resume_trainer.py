@@ -13,9 +13,9 @@ from trainer_cases import run
 @pytest.mark.parametrize("engine", ["ddp", "zero3", "fsdp2", "fsdp2_sharded"])
 def test_trainer_goes_on(engine, tmp_path):
     folder = str(tmp_path)
-    whole = gang.run(2, run, engine, folder, group=False, timeout=180)[0]
+    whole = gang.run(2, run, engine, folder, group=False)[0]
     for ranks in (2, 1):
-        again = gang.run(ranks, run, engine, folder, True, group=False, timeout=180)[0]
+        again = gang.run(ranks, run, engine, folder, True, group=False)[0]
         assert_goes_on(again, whole, f"on {ranks}", exact=ranks == 2)
     files = os.listdir(tmp_path / "checkpoint-2")
     assert {"adapter_config.json", "adapter_model.safetensors"} <= set(files), files

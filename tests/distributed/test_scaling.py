@@ -5,6 +5,9 @@ from __future__ import annotations
 import gang
 import pytest
 from source_tree import ROOT, benchmark
+from torch import nn
+
+import pyadapt
 
 if not (ROOT / "benchmarks").is_dir():
     pytest.skip("waits for a source tree: benchmarks are not installed", allow_module_level=True)
@@ -48,7 +51,7 @@ def test_bytes_and_traffic_are_what_the_formulas_say(ranks):
     """Parameters, gradients, AdamW's states, what is gathered; what is sent, to the byte and the call."""
     # Two engines shard as ranks grow; the others are the same on four as on two.
     cases = CASES if ranks < 4 else [case for case in CASES if case.plan.engine in SHARDING]
-    measured = gang.run(ranks, measure.measure_all, cases, group=False, timeout=180)[0]
+    measured = gang.run(ranks, measure.measure_all, cases, group=False)[0]
     assert [line for case, found in zip(cases, measured, strict=True) for line in wrong(case, ranks, found)] == []
     for case, found in zip(cases, measured, strict=True):
         if case.plan.engine in SHARDING:
@@ -61,11 +64,44 @@ def test_bytes_and_traffic_are_what_the_formulas_say(ranks):
 
 def test_blocks_as_units_of_fsdp1_give_frozen_weights_gradients():
     """The negative control: FSDP1 without pyadapt's policy wastes a gradient of the frozen block."""
-    (found, _) = gang.run(2, measure.measure_all, [Case(Plan("fsdp1", alone=False))], group=False, timeout=120)
+    (found, _) = gang.run(2, measure.measure_all, [Case(Plan("fsdp1", alone=False))], group=False)
     memory = formulas.memory("fsdp1", found[0].weights, 2)
     frozen = sum(weight.size for weight in found[0].weights if weight.group >= 0 and not weight.trained)
     assert found[0].gradients > memory.gradients + 0.9 * frozen / 2
     assert wrong(Case(Plan("fsdp1")), 2, found[0])
+
+
+@pytest.mark.parametrize("checkpointing", [None, "non-reentrant"])
+@pytest.mark.parametrize("base", ["fp32", "bf16"])
+def test_activations_of_a_block(base, checkpointing):
+    """To the byte; with checkpointing its input alone."""
+    case = Case(Plan("ddp"), base, checkpointing=checkpointing)
+    itemsize = 2 if base == "bf16" else 4
+    whole = formulas.llama_block_activations(hidden=256, inner=512, kv=128, heads=8, r=8, itemsize=itemsize)
+    wanted = whole if checkpointing is None else 256 * itemsize
+    assert gang.run(1, measure.block_activations, case, group=False) == [wanted]
+
+
+@pytest.mark.parametrize(
+    ("method", "config"),
+    [
+        ("lora", {"peft_type": "LORA", "r": 4}),
+        ("dora", {"peft_type": "LORA", "r": 4, "use_dora": True}),
+        ("ia3", {"peft_type": "IA3", "feedforward_modules": []}),
+        ("ia3 feed-forward", {"peft_type": "IA3", "feedforward_modules": ["0"]}),
+        ("loha", {"peft_type": "LOHA", "r": 4}),
+        ("lokr", {"peft_type": "LOKR", "r": 2}),
+    ],
+)
+def test_values_of_adapters(method, config):
+    """The table of methods, against what is on a layer."""
+    K, N = 64, 32
+    model = pyadapt.wrap(nn.Sequential(nn.Linear(K, N)), {"target_modules": ["0"], **config})
+    shapes = {name.rpartition(".")[2]: tuple(value.shape) for name, value in model.named_parameters()}
+    first = shapes.get("lokr_w1")
+    factors = {} if first is None else {"N1": first[0], "K1": first[1], "whole": "lokr_w2" in shapes}
+    found = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    assert found == formulas.adapter_values(method, K, N, config.get("r", 0), **factors)
 
 
 @pytest.mark.parametrize("name", page.TABLES)

@@ -16,14 +16,14 @@ def told(wrong):
 @pytest.mark.parametrize("engine", ["zero3", "fsdp1", "fsdp1_flat", "fsdp2"])
 def test_exports_are_those_of_one_process(engine, tmp_path):
     more = [("lora-bias", "fp32"), ("tied", "fp32"), ("untied", "fp32")] if engine in ("zero3", "fsdp2") else []
-    wrong = gang.run(2, cases.check_all, cases.check_export, engine, [*EXPORTS, *more], str(tmp_path), timeout=150)
+    wrong = gang.run(2, cases.check_all, cases.check_export, engine, [*EXPORTS, *more], str(tmp_path))
     assert not any(wrong), told(wrong)
 
 
 @pytest.mark.parametrize("engine", ["zero3", "fsdp1", "fsdp1_flat", "fsdp2"])
 def test_merged_in_place_and_exactly_back(engine, tmp_path):
     more = [("tied", "fp32")] if engine in ("zero3", "fsdp2") else []
-    wrong = gang.run(2, cases.check_all, cases.check_in_place, engine, [*IN_PLACE, *more], str(tmp_path), timeout=150)
+    wrong = gang.run(2, cases.check_all, cases.check_in_place, engine, [*IN_PLACE, *more], str(tmp_path))
     assert not any(wrong), told(wrong)
 
 
