@@ -20,6 +20,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 import pyadapt
 
 STEPS, GLOBAL_BATCH = 3, 4
+# Of Adam: as small as it is by default, gradients near zero make large steps of the order in which ranks add.
+EPSILON = 1e-3
 
 
 def wrapped(folder):
@@ -44,7 +46,8 @@ def loop(folder, out):
     model = wrapped(folder)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     loader = DataLoader(rows(), batch_size=GLOBAL_BATCH // accelerator.num_processes)
-    model, optimizer, loader = accelerator.prepare(model, torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.0), loader)
+    optimizer = torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.0, eps=EPSILON)
+    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     model.train()
     losses = []
     for batch in loader:
@@ -68,6 +71,7 @@ def train(folder, out, arguments):
     options = TrainingArguments(
         output_dir=str(out / "trainer-out"),
         learning_rate=1e-3,
+        adam_epsilon=EPSILON,
         lr_scheduler_type="constant",
         max_steps=STEPS,
         max_grad_norm=1.0,

@@ -45,7 +45,7 @@ def test_wrapping_too_late(engine):
 def test_saving_on_one_rank(engine, tmp_path):
     first, _ = gang.run(2, ranks_cases.saving_on_one_rank, engine, str(tmp_path))
     assert "rank 1 did not come here" in first["alone"]
-    assert "the state dict to save from, on rank 0, lacks" in first["partial"]
+    assert "the state dict to save from, on rank 0, is empty" in first["partial"]
     assert first["written"] == "False"
 
 
