@@ -40,9 +40,7 @@ def engine_to_come() -> str | None:
     if kind == "FSDP":
         return f"fsdp{getattr(state.get('fsdp_plugin'), 'fsdp_version', 1)}"
     if kind == "DEEPSPEED":
-        plugins = state.get("deepspeed_plugins")
-        every = list(plugins.values()) if isinstance(plugins, dict) else [plugins]
-        return "zero3" if any(getattr(plugin, "zero_stage", 0) == 3 for plugin in every) else None
+        return "zero3" if any(plugin.zero_stage == 3 for plugin in _plugins(state)) else None
     transformers = sys.modules.get("transformers.integrations.deepspeed")
     if transformers is not None and transformers.is_deepspeed_zero3_enabled():
         return "zero3"
@@ -78,6 +76,8 @@ def check_ready(model: nn.Module) -> None:
         ValueError: so it is; the message has the line of accelerate's configuration that mends it.
     """
     engine = engine_to_come()
+    if engine == "zero3":
+        _check_one_dtype(model)
     classes = _classes_of_blocks(model)
     if engine == "fsdp2" and classes is not None:
         check_fsdp2(model, classes, upcast=_precision() != "no")
@@ -137,6 +137,31 @@ def check_synchronised() -> None:
             'TrainingArguments: accelerate.PartialState(backend="gloo"), or Accelerator(kwargs_handlers='
             '[InitProcessGroupKwargs(backend="gloo")])'
         )
+
+
+def _check_one_dtype(model: nn.Module) -> None:
+    """Refuse what DeepSpeed, where it is not told of half precision, ends with a bare assertion for."""
+    trained = {parameter.dtype: name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if len(trained) > 1 and not _halves():
+        (one, first), (other, second) = list(trained.items())[:2]
+        raise ValueError(
+            f"DeepSpeed cannot train {one} and {other} beside each other, as {first} and {second}: set "
+            '`mixed_precision: bf16` ("bf16": {"enabled": true} in its own configuration), or give both one dtype '
+            '(adapter_dtype="base")'
+        )
+
+
+def _halves() -> bool:
+    """Whether DeepSpeed trains in bf16 or fp16, as far as it has been said by now; "auto" follows accelerate."""
+    configs = [getattr(plugin, "deepspeed_config", None) or {} for plugin in _plugins(_accelerator_state())]
+    said = [config.get(kind, {}).get("enabled") for config in configs for kind in PRECISIONS]
+    return _precision() in PRECISIONS or any(value is True for value in said)
+
+
+def _plugins(state: Any) -> list[Any]:
+    """accelerate's DeepSpeed plugins."""
+    held = state.get("deepspeed_plugins")
+    return list(held.values()) if isinstance(held, dict) else [] if held is None else [held]
 
 
 def _classes_of_blocks(model: Any) -> list[str] | None:

@@ -157,3 +157,23 @@ def errors_too_late(engine: str) -> str:
     except RuntimeError as error:
         return str(error).partition(":")[0]
     return "nothing"
+
+
+def by_trainer(engine: str, folder: str) -> tuple[list[float], list[Any], dict[str, Any]]:
+    """transformers' Trainer with `AdaLoraCallback`: losses, ranks kept at the end, and the adapter.
+
+    Args:
+        engine: as in `trainer_cases.run`; the gang is run without a process group.
+        folder: for what Trainer writes.
+    """
+    from trainer_cases import Rows, training_arguments
+    from transformers import Trainer
+
+    arguments = training_arguments(engine, folder, max_steps=STEPS, optim="sgd", learning_rate=0.1, save_strategy="no")
+    torch.manual_seed(5)
+    model = pyadapt.wrap(build("bert"), {"task_type": "SEQ_CLS", **CONFIG})
+    trainer = Trainer(model=model, args=arguments, train_dataset=Rows(), callbacks=[pyadapt.AdaLoraCallback()])
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    kept = [unit.kept.tolist() for unit in model.units_of("default")]
+    return losses, kept, {key: value.detach().numpy() for key, value in model.get_adapter_state_dict().items()}

@@ -3,6 +3,8 @@
 import adalora_sharded_cases as cases
 import gang
 import pytest
+import torch
+from tolerance import assert_close, assert_near
 
 MOST = ["clipped", "reentrant", "non-reentrant"]
 
@@ -44,3 +46,14 @@ def test_clipping_is_seen():
     cases.CASES["free"] = ("llama", {}, {"accumulate": 2})
     _, _, whole = cases.train(free, None, "free")
     assert all(value.max() < 0.9 * whole[key].max() for key, value in clipped.items())
+
+
+@pytest.mark.parametrize("engine", ["ddp", "zero3", "fsdp2"])
+def test_trainers_callback(engine, tmp_path):
+    losses, kept, adapter = gang.run(1, cases.by_trainer, "alone", str(tmp_path), group=False)[0]
+    assert any(not all(unit) for unit in kept), "ranks have been taken away"
+    for found, found_kept, found_adapter in gang.run(2, cases.by_trainer, engine, str(tmp_path), group=False):
+        assert_near(torch.tensor(found), torch.tensor(losses), "loss")
+        assert found_kept == kept
+        for key, value in adapter.items():
+            assert_close(torch.tensor(found_adapter[key]), torch.tensor(value), "gradient", torch.float32, key)

@@ -50,14 +50,9 @@ def run(
         dropout: of the adapter.
         killed: where the process ends by SIGKILL: "between steps", behind the third, or "saving" the second checkpoint.
     """
-    from transformers import Trainer, TrainingArguments
+    from transformers import Trainer
 
-    options = _options(engine, folder)
-    arguments = TrainingArguments(
-        output_dir=folder, per_device_train_batch_size=4 // int(os.environ.get("WORLD_SIZE", 1)), learning_rate=1e-2,
-        max_steps=STEPS, save_steps=SAVED_AT, logging_steps=1, report_to=[], disable_tqdm=True, seed=11,
-        dataloader_pin_memory=False, average_tokens_across_devices=False, **options,
-    )  # fmt: skip
+    arguments = training_arguments(engine, folder, max_steps=STEPS, save_steps=SAVED_AT, learning_rate=1e-2)
     seed = 4 if resume else 3
     model = wrapped(seed, lora_dropout=dropout, **(WITHOUT_BIASES if "fsdp1" in engine else {}))
     trainer = Trainer(model=model, args=arguments, train_dataset=Rows())
@@ -71,6 +66,18 @@ def run(
     # The history of a run that was resumed has its first part as well.
     adapter = {key: value.detach().numpy() for key, value in model.get_adapter_state_dict().items()}
     return losses[SAVED_AT if resume else 0 :], adapter
+
+
+def training_arguments(engine: str, folder: str, **options: Any) -> Any:
+    """Trainer's arguments for the same global batch under each engine; sets up accelerate's state."""
+    from transformers import TrainingArguments
+
+    options = {**_options(engine, folder), **options}
+    return TrainingArguments(
+        output_dir=folder, per_device_train_batch_size=4 // int(os.environ.get("WORLD_SIZE", 1)), logging_steps=1,
+        report_to=[], disable_tqdm=True, seed=11, dataloader_pin_memory=False, average_tokens_across_devices=False,
+        **options,
+    )  # fmt: skip
 
 
 def loop(
@@ -90,11 +97,13 @@ def loop(
     from accelerate.utils import DataLoaderConfiguration, DeepSpeedPlugin, FullyShardedDataParallelPlugin, set_seed
 
     options = _options(engine, folder)
-    config = DataLoaderConfiguration(use_seedable_sampler=True)
+    # One order of the data for all ranks, whose own seeds differ; a scheduler that steps once a step, not once a rank.
+    config = DataLoaderConfiguration(use_seedable_sampler=True, data_seed=7)
+    common: Any = {"dataloader_config": config, "step_scheduler_with_optimizer": False}
     ranks = int(os.environ.get("WORLD_SIZE", 1))
     if engine == "zero3":
         zero3 = {**ZERO3, "train_micro_batch_size_per_gpu": 4 // ranks}
-        accelerator = Accelerator(dataloader_config=config, deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=zero3))
+        accelerator = Accelerator(**common, deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=zero3))
     elif engine == "fsdp2":
         plugin = FullyShardedDataParallelPlugin(
             fsdp_version=2,
@@ -103,9 +112,9 @@ def loop(
             cpu_ram_efficient_loading=False,
             state_dict_type="SHARDED_STATE_DICT",
         )
-        accelerator = Accelerator(dataloader_config=config, fsdp_plugin=plugin)
+        accelerator = Accelerator(**common, fsdp_plugin=plugin)
     else:
-        accelerator = Accelerator(cpu=options["use_cpu"], dataloader_config=config)
+        accelerator = Accelerator(cpu=options["use_cpu"], **common)
     set_seed(7, device_specific=False)
     model = wrapped(3 + first, lora_dropout=dropout)
     set_seed(7 + accelerator.process_index)
