@@ -63,7 +63,7 @@ def fsdp_auto_wrap_policy(model: nn.Module, classes: Iterable[str] | None = None
 
     units, known = _own_units(model, classes), set(model.modules())
     _check_flat(model, units)
-    names = {_name(module) for module in units}
+    names = set(_names_of_blocks(model, classes)[0])
 
     def is_unit(module: nn.Module) -> bool:
         return module in units or (module not in known and _name(module) in names)
@@ -145,9 +145,8 @@ def check_fsdp2(model: Any, classes: Iterable[str], upcast: bool = False) -> Non
 
 def _own_units(model: nn.Module, classes: Iterable[str] | None = None) -> set[nn.Module]:
     """The units of `fsdp_auto_wrap_policy`."""
-    said = os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP", "").split(",") if classes is None else classes
-    named = [name.strip() for name in said if name.strip()]
-    blocks = _named_units(model, named or getattr(model, "_no_split_modules", None) or (), strict=bool(named))
+    names, strict = _names_of_blocks(model, classes)
+    blocks = _named_units(model, names, strict)
     copies = {module.copies[name] for _, module in saved_modules(model) for name in module.copies}
     adapters = {module for module in model.modules() if isinstance(module, AdapterUnit) and _has_parameters(module)}
     readers = _readers(model)
@@ -157,6 +156,13 @@ def _own_units(model: nn.Module, classes: Iterable[str] | None = None) -> set[nn
         if all(readers[id(p)] <= set(module.modules()) for p in module.parameters())
     }
     return (blocks - _read_from_outside(model) - copies - adapters) | trained
+
+
+def _names_of_blocks(model: nn.Module, classes: Iterable[str] | None) -> tuple[list[str], bool]:
+    """The names of the classes of blocks, and whether somebody has named them."""
+    said = os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP", "").split(",") if classes is None else classes
+    named = [name.strip() for name in said if name.strip()]
+    return named or list(getattr(model, "_no_split_modules", None) or ()), bool(named)
 
 
 def _named_units(model: nn.Module, names: Iterable[str], strict: bool = True) -> set[nn.Module]:
