@@ -87,7 +87,7 @@ if TYPE_CHECKING:
     from .integrations.transformers import load_quantized as load_quantized
     from .kbit import prepare_model_for_int8_training as prepare_model_for_int8_training
     from .kbit import prepare_model_for_kbit_training as prepare_model_for_kbit_training
-    from .merging import MergeReport as MergeReport
+    from .merged import MergeReport as MergeReport
     from .methods.adalora import AdaLoraConfig as AdaLoraConfig
     from .methods.adalora.orthogonality import orthogonality as orthogonality
     from .methods.adaption_prompt import AdaptionPromptConfig as AdaptionPromptConfig
@@ -154,7 +154,7 @@ _HOMES = {
     "LoHaConfig": "methods.lycoris.loha",
     "LoKrConfig": "methods.lycoris.lokr",
     "LoraConfig": "methods.lora",
-    "MergeReport": "merging",
+    "MergeReport": "merged",
     "MultitaskPromptTuningConfig": "methods.prompts.config",
     "MultitaskPromptTuningInit": "methods.prompts.config",
     "PeftConfig": "familiar",

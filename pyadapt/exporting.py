@@ -18,7 +18,8 @@ from .distributed.sharding import Sharding, sharding_of
 from .files import Path, write_safetensors
 from .integrations.transformers import forget_quantization, is_transformers_model
 from .layer import AdaptedLayer, SavedModule, base_modules, unwrapped
-from .merging import MergedLayer, MergeReport, merged_weights
+from .merged import MergedLayer, MergeReport
+from .merging import merged_weights
 from .model import forget_adapters, is_wrapped
 from .surgery import original_of
 from .untying import TiedMerge, say_untied

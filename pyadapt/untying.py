@@ -15,7 +15,7 @@ from .layer import AdaptedLayer, SavedModule, base_modules
 from .tying import tied_weights
 
 if TYPE_CHECKING:
-    from .merging import MergedLayer
+    from .merged import MergedLayer
 
 logger = logging.getLogger("pyadapt")
 
