@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import traceback
 from collections.abc import Iterable
 from typing import Any
@@ -42,6 +43,9 @@ PROMPTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-adapter": ("llama", {"peft_type": "ADAPTION_PROMPT", "adapter_len": 3, "adapter_layers": 2}),
 }
 CASES = {**WEIGHT_SIDE, **PROMPTS}
+# The product of a task's factors makes a hundredfold, in two steps of 0.1, of what bf16 rounds (one process in bf16 and
+# in fp32 differ as much): in smaller steps it does not.
+SMALL_STEPS = {"multitask": 1e-3}
 
 
 def wrapped(name: str, base: str = "fp32", storage_dtype: torch.dtype | None = None) -> Any:
@@ -71,6 +75,8 @@ def global_batch(name: str, step: int) -> dict[str, Tensor]:
 
 def compare(engine: str, name: str, base: str = "fp32", **options: Any) -> None:
     """Train a case under `engine` and alone; the losses of all steps and what is saved at the end have to be equal."""
+    if name in SMALL_STEPS:
+        options["optimizer"] = functools.partial(torch.optim.SGD, lr=SMALL_STEPS[name])
     # FSDP1 can flatten no integers.
     alone, shared = wrapped(name, base), wrapped(name, base, torch.float32 if engine.startswith("fsdp1") else None)
     wanted = train(alone, None, lambda step: global_batch(name, step), Options(**options))
