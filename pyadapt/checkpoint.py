@@ -34,11 +34,12 @@ from .files import (
     write_safetensors,
     write_text,
 )
-from .layer import WRAPPED, AdaptedLayer, SavedModule, adapted_layers, saved_modules, unwrapped
+from .layer import AdaptedLayer, SavedModule, adapted_layers, saved_modules, unwrapped
 from .method import METHODS
 from .placement import is_offloaded
 from .planning import LayerPlan, Plan, make_plan
 from .resuming import training_state, write_training_state
+from .trained import without_wrappers
 from .vocabulary import fill_weight, stored_weights, weight_places, without_repetitions
 
 KEY_PREFIX = "base_model.model."
@@ -123,7 +124,8 @@ def adapter_state_dict(
 
 def _from_state_dict(model: nn.Module, name: str, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """`adapter_state_dict` out of the state dict of the whole model."""
-    given = {_without_wrappers(own_name): tensor for own_name, tensor in state_dict.items()}
+    # DDP puts a name of its own before those of the model.
+    given = {without_wrappers(own_name).removeprefix("module."): value for own_name, value in state_dict.items()}
     if not given:
         raise AdapterFileError(
             f"the state dict to save from, on rank {rank()}, is empty: leave the argument out, on every rank, and what "
@@ -143,12 +145,6 @@ def _from_state_dict(model: nn.Module, name: str, state_dict: Mapping[str, Tenso
         if own_name in given:
             found.setdefault(f"{KEY_PREFIX}{key}", given[own_name])
     return found
-
-
-def _without_wrappers(own_name: str) -> str:
-    """A name in the state dict of a wrapper, such as DDP's or FSDP1's, as it is in the model's own."""
-    parts = [part for part in own_name.split(".") if part not in WRAPPED]
-    return ".".join(parts[1:] if parts[0] == "module" else parts)
 
 
 def _copied(tensor: Tensor) -> Tensor:

@@ -257,7 +257,10 @@ def test_tensors_without_values_are_not_saved(tmp_path):
 def test_a_gathered_state_dict_that_lacks_something(tmp_path):
     model = pyadapt.wrap(build("llama"), LoraConfig())
     with pytest.raises(AdapterFileError, match=r"lacks model\.layers\.0"):
+        model.save_pretrained(tmp_path, state_dict={"other": torch.ones(1)})
+    with pytest.raises(AdapterFileError, match=r"on rank 0, is empty.*stage3_gather_16bit_weights_on_model_save"):
         model.save_pretrained(tmp_path, state_dict={})
+    assert not (tmp_path / WEIGHTS).exists()
 
 
 def test_a_model_whose_load_failed_can_be_loaded_again(folder):
