@@ -165,10 +165,10 @@ def test_a_tensor_that_was_not_gathered_is_still_refused(tmp_path):
     model = wrapped()
     unit = model.units_of("default")[0]
     unit.lora_A = nn.Parameter(torch.empty(0))
-    with pytest.raises(pyadapt.AdapterFileError, match=r"lora_A is of shape \(0,\); gather the weights first"):
+    with pytest.raises(pyadapt.AdapterFileError, match=r"lora_A is of shape \(0,\) on rank 0, and not whole"):
         model.save_pretrained(tmp_path)
     unit.lora_A = nn.Parameter(torch.empty(0, 24))
-    with pytest.raises(pyadapt.AdapterFileError, match=r"lora_A is of shape \(0, 24\); gather the weights first"):
+    with pytest.raises(pyadapt.AdapterFileError, match=r"lora_A is of shape \(0, 24\) on rank 0, and not whole"):
         model.save_pretrained(tmp_path)
 
 

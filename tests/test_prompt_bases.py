@@ -11,6 +11,7 @@ from prompt_life_cases import METHODS, batch_of, output, step, trained, wrapped
 
 import pyadapt
 from pyadapt.base import base_of
+from pyadapt.trained import is_trained_state
 
 EVERY = pytest.mark.parametrize("method", METHODS)
 
@@ -75,7 +76,8 @@ def test_trainer(method, tmp_path):
     assert sum(losses[-2:]) < sum(losses[:2])
     folder = max(tmp_path.glob("checkpoint-*"))
     assert {"adapter_config.json", "adapter_model.safetensors"} <= {path.name for path in folder.iterdir()}
-    assert not list(folder.glob("model*"))
+    assert [path.name for path in folder.glob("model*")] == ["model.safetensors"]
+    assert is_trained_state(str(folder / "model.safetensors"))
     loaded = pyadapt.load(build("llama"), folder)
     batch = batch_of(method)
     assert torch.equal(output(loaded, batch), output(model.eval(), batch))

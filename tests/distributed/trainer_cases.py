@@ -181,8 +181,8 @@ def _options(engine: str, folder: str) -> dict[str, Any]:
         os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
         PartialState(backend="gloo")
         config = {**ZERO3, "train_micro_batch_size_per_gpu": "auto", "gradient_clipping": "auto"}
-        # As `accelerate launch` says it.
-        os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = os.path.join(folder, "zero3.json")
+        # As `accelerate launch` says it; a file for each rank, which would read what another is writing.
+        os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = os.path.join(folder, f"zero3-{os.environ['RANK']}.json")
         with open(os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"], "w", encoding="utf-8") as file:
             json.dump(config, file)
         return configured
