@@ -6,8 +6,9 @@ import os
 
 import gang
 import pytest
+from safetensors.numpy import load_file
 from test_resume_engines import assert_goes_on
-from trainer_cases import run
+from trainer_cases import best, run
 
 
 @pytest.mark.parametrize("engine", ["ddp", "zero3", "fsdp2", "fsdp2_sharded"])
@@ -19,3 +20,13 @@ def test_trainer_goes_on(engine, tmp_path):
         assert_goes_on(again, whole, f"on {ranks}", exact=ranks == 2)
     files = os.listdir(tmp_path / "checkpoint-2")
     assert {"adapter_config.json", "adapter_model.safetensors"} <= set(files), files
+
+
+@pytest.mark.parametrize("engine", ["ddp", "zero3", "fsdp2"])
+def test_the_best_checkpoint_is_loaded_at_the_end(engine, tmp_path):
+    for name, adapter in gang.run(2, best, engine, str(tmp_path), group=False):
+        assert name == "checkpoint-2"
+        first, last = (load_file(tmp_path / f"checkpoint-{step}" / "adapter_model.safetensors") for step in (2, 4))
+        for key, value in adapter.items():
+            assert (value == first[f"base_model.model.{key}"]).all(), key
+        assert any((value != last[f"base_model.model.{key}"]).any() for key, value in adapter.items())

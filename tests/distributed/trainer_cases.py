@@ -68,6 +68,26 @@ def run(
     return losses[SAVED_AT if resume else 0 :], adapter
 
 
+def best(engine: str, folder: str) -> tuple[str, dict[str, Any]]:
+    """Trainer with `load_best_model_at_end`: the name of the best checkpoint, and the adapter at the end."""
+    from transformers import Trainer
+
+    # The largest loss counts as the best, which is that of the first checkpoint and not of the last.
+    judged = {
+        "eval_strategy": "steps",
+        "eval_steps": SAVED_AT,
+        "metric_for_best_model": "loss",
+        "greater_is_better": True,
+    }
+    options = {"max_steps": STEPS, "save_steps": SAVED_AT, "learning_rate": 1e-2, "load_best_model_at_end": True}
+    arguments = training_arguments(engine, folder, **options, **judged)
+    model = wrapped(3)
+    trainer = Trainer(model=model, args=arguments, train_dataset=Rows(), eval_dataset=Rows())
+    trainer.train()
+    adapter = {key: value.detach().numpy() for key, value in model.get_adapter_state_dict().items()}
+    return os.path.basename(trainer.state.best_model_checkpoint), adapter
+
+
 def training_arguments(engine: str, folder: str, **options: Any) -> Any:
     """Trainer's arguments for the same global batch under each engine; sets up accelerate's state."""
     from transformers import TrainingArguments
