@@ -120,7 +120,9 @@ def call_inside(owner: nn.Module, module: nn.Module, *args: Any) -> Any:
 
     One of these may be the group that an engine gathers `module`'s parameters with.
     """
-    if "torch.distributed.fsdp" in sys.modules and not torch.compiler.is_compiling():
+    # Each step of decoding comes here: no walk through the model where no process group, and so no shard, can be.
+    grouped = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if grouped and "torch.distributed.fsdp" in sys.modules and not torch.compiler.is_compiling():
         importlib.import_module(f"{__package__}.fsdp2").gather_between(owner, module)
     return module(*args)
 
