@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, cast
 
+import torch
 from torch import Tensor, nn
 
-from .base import Host, Operands
+from .base import Host, Operands, base_of
 from .method import AdapterUnit
 from .rows import Rows
 from .surgery import adopt, release
@@ -191,6 +192,17 @@ def base_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
     visit("", model)
     return found
+
+
+def dense_dtype(model: nn.Module) -> torch.dtype | None:
+    """The dtype of the first parameter of the base that is floating and no quantised weight, or None."""
+    for _, module in base_modules(model):
+        base = base_of(module)
+        quantised = base.stored(module) if base is not None and base.quantized else {}
+        for name, parameter in module.named_parameters(recurse=False):
+            if name not in quantised and parameter.is_floating_point():
+                return parameter.dtype
+    return None
 
 
 def adapted_layers(model: nn.Module) -> list[tuple[str, AdaptedLayer]]:

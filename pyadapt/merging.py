@@ -16,7 +16,7 @@ from .biases import bias_among, check_biases_finite, own_bias, remove_biases, ta
 from .distributed import agreement
 from .distributed.sharding import Sharding, sharding_of
 from .files import Path
-from .layer import AdaptedLayer, adapted_layers, base_modules, restore_layer, saved_modules
+from .layer import AdaptedLayer, adapted_layers, base_modules, dense_dtype, restore_layer, saved_modules
 from .merged import DENSE, ORIGINAL, MergedLayer, MergeReport, dequantized
 from .method import AdapterUnit
 from .originals import OriginalWeights
@@ -117,7 +117,7 @@ def merged_weights(
     with _together(sharding, "reading the original weights"):
         originals = OriginalWeights(original, model) if original is not None else None
     ties = TiedMerge(model, names)
-    others = _dense_parameters_dtype(model)
+    others = dense_dtype(model)
     for path, layer in list(base_modules(model)):
         base = base_of(layer)
         units = _units(layer, names)
@@ -241,17 +241,6 @@ def _at_hand(sharding: Sharding | None, modules: Sequence[nn.Module], write: boo
 def _together(sharding: Sharding | None, subject: str) -> AbstractContextManager[None]:
     """The block fails on every rank of a sharded model if on one; see `agreement.together`."""
     return nullcontext() if sharding is None else agreement.together(subject)
-
-
-def _dense_parameters_dtype(model: nn.Module) -> torch.dtype | None:
-    """The dtype of the first parameter of the base that is floating and no quantised weight, or None."""
-    for _, module in base_modules(model):
-        base = base_of(module)
-        quantised = base.stored(module) if base is not None and base.quantized else {}
-        for name, parameter in module.named_parameters(recurse=False):
-            if name not in quantised and parameter.is_floating_point():
-                return parameter.dtype
-    return None
 
 
 def _units(layer: nn.Module, names: Sequence[str]) -> list[AdapterUnit]:

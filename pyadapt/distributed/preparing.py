@@ -13,7 +13,7 @@ from ..base.bitsandbytes import Bitsandbytes4bit, BitsandbytesInt8, to_int8
 from ..base.dense import Dense
 from ..base.int8 import Int8, store_as
 from ..integrations.transformers import forget_quantization, is_transformers_model, mark_quantized
-from ..layer import AdaptedLayer, base_modules
+from ..layer import AdaptedLayer, base_modules, dense_dtype
 from .sharding import engine_of
 from .ties import unite_tied_tables
 
@@ -92,7 +92,7 @@ def prepare_for_sharding(model: nn.Module, engine: str) -> ShardingReport:
     layers: list[tuple[str, Any]] = [(path, layer) for path, layer in base_modules(model) if base_of(layer) is not None]
     found = [(path, layer) for path, layer in layers if base_of(layer) is BitsandbytesInt8]
     _check_shardable(layers, engine)
-    dtype = _dense_dtype(layers)
+    dtype = dense_dtype(model) or torch.float32
     for _, layer in found:
         to_int8(layer, dtype)
         if isinstance(layer, AdaptedLayer):
@@ -134,17 +134,6 @@ def _check_shardable(layers: list[tuple[str, Any]], engine: str) -> None:
             raise type(error)(f"{path}: {error}") from None
         if isinstance(layer, AdaptedLayer) and layer.unmerged is not None:
             raise RuntimeError(f"an adapter is merged into {path}; unmerge_adapter() first")
-
-
-def _dense_dtype(layers: list[tuple[str, Any]]) -> torch.dtype:
-    """The dtype of the first floating parameter of the base that is no quantised weight; of a model with none, fp32."""
-    for _, layer in layers:
-        base = base_of(layer)
-        held = base.stored(layer) if base is not None and base.quantized else {}
-        for name, parameter in layer.named_parameters(recurse=False):
-            if name not in held and parameter.is_floating_point():
-                return parameter.dtype
-    return torch.float32
 
 
 def _some(paths: Any) -> str:
