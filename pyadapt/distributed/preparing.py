@@ -11,9 +11,10 @@ from torch import nn
 from ..base import base_of
 from ..base.bitsandbytes import Bitsandbytes4bit, BitsandbytesInt8, to_int8
 from ..base.dense import Dense
-from ..base.int8 import Int8, store_as
+from ..base.int8 import Int8
 from ..integrations.transformers import forget_quantization, is_transformers_model, mark_quantized
 from ..layer import AdaptedLayer, base_modules, dense_dtype
+from ..quantization import set_storage_dtype
 from .sharding import engine_of
 from .ties import unite_tied_tables
 
@@ -103,8 +104,7 @@ def prepare_for_sharding(model: nn.Module, engine: str) -> ShardingReport:
     int8 = [(path, layer) for path, layer in layers if base_of(layer) is Int8]
     size = sum(part.numel() * part.element_size() for _, layer in int8 for part in Int8.stored(layer).values())
     if engine == "fsdp1":
-        for _, layer in int8:
-            store_as(layer, dtype)
+        set_storage_dtype(model, dtype)
     return ShardingReport(
         engine,
         layers=tuple(path for path, _ in int8),
