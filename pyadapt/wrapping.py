@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from . import attach, checkpoint
 from .config import as_config
-from .distributed import launched
+from .distributed import readiness
 from .files import Path
 from .model import AdaptedModel, is_wrapped, make_adapted
 from .planning import Plan, make_plan, prepare
@@ -42,7 +42,7 @@ def wrap(model: nn.Module, config: Any, adapter_name: str = "default", data: Any
         return model
     attach.check_adapter_name(adapter_name, [])
     start = prepare(model, config, data)
-    launched.get_ready(model)
+    readiness.get_ready(model)
     adapted = _put(model, start.plan, adapter_name, trainable=True, values=start.values)
     start.finish()
     return adapted
@@ -99,7 +99,7 @@ def load(
     tensors = read.besides(wholes)
     state = read_training_state(read.folder) if is_trainable else {}
     if is_trainable:
-        launched.get_ready(model)
+        readiness.get_ready(model)
     model = _put(model, read.plan, adapter_name, trainable=is_trainable, tensors=tensors, wholes=wholes, state=state)
     return model if is_trainable else model.eval()
 
@@ -136,7 +136,7 @@ def _put(
         fill_training_state(adapted, name, state or {})
         attach.fill(adapted, name, values or {})
         if trainable:
-            launched.check_ready(adapted)
+            readiness.check_ready(adapted)
     except BaseException:
         adapted.unload()
         raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 
@@ -34,6 +35,32 @@ def test_import_brings_in_no_other_library():
     loaded = run("import sys, pyadapt; print(*sys.modules)").split()
     assert not set(HEAVY) & set(loaded)
     assert "torch" not in loaded or "torch" in run("import sys, torch; print(*sys.modules)").split()
+
+
+def test_any_module_may_be_the_first():
+    """No module waits for another one to be imported before it: each is imported alone, in a fork of one process."""
+    code = """
+import os, pkgutil, traceback
+import accelerate, torch.distributed.fsdp, torch.distributed.tensor, transformers.trainer
+import pyadapt
+
+names = [module.name for module in pkgutil.walk_packages(pyadapt.__path__, "pyadapt.")]
+for name in names:
+    if not name.endswith("__main__") and os.fork() == 0:
+        try:
+            __import__(name)
+        except BaseException:
+            print(name, traceback.format_exc(), flush=True)
+        os._exit(0)
+    while True:
+        try:
+            os.wait()
+        except ChildProcessError:
+            break
+print(len(names), "modules")
+"""
+    said = run(code)
+    assert re.fullmatch(r"\d{3} modules\n", said), said
 
 
 def test_wrapping_a_plain_module_brings_in_no_other_library():
@@ -81,7 +108,6 @@ def test_type_checkers_see_the_same_names():
 
 def test_version_is_that_of_the_package():
     import pathlib
-    import re
 
     project = pathlib.Path(pyadapt.__file__).parent.parent / "pyproject.toml"
     if not project.exists():

@@ -25,7 +25,7 @@ def fsdp(monkeypatch):
             fsdp_version=version, auto_wrap_policy="transformer_based_wrap", cpu_ram_efficient_loading=False, **settings
         )
         state = {"distributed_type": DistributedType.FSDP, "fsdp_plugin": plugin, "_mixed_precision": "no"}
-        monkeypatch.setattr(launched, "_accelerator_state", lambda: state)
+        monkeypatch.setattr(launched, "accelerator_state", lambda: state)
         return plugin
 
     return said
@@ -40,7 +40,7 @@ def zero3(monkeypatch):
         deepspeed_config = {"bf16": {"enabled": False}}  # noqa: RUF012
 
     state = {"distributed_type": DistributedType.DEEPSPEED, "deepspeed_plugins": {"default": Plugin()}}
-    monkeypatch.setattr(launched, "_accelerator_state", lambda: state)
+    monkeypatch.setattr(launched, "accelerator_state", lambda: state)
     return Plugin
 
 

@@ -11,7 +11,7 @@ import ranks_cases
 from models import build
 
 import pyadapt
-from pyadapt.distributed import launched
+from pyadapt.distributed import launched, readiness
 
 LORA = {"peft_type": "LORA", "r": 4, "task_type": "CAUSAL_LM"}
 
@@ -71,7 +71,7 @@ def test_accelerate_that_takes_each_process_for_the_only_one(monkeypatch):
 def test_an_engine_that_is_too_old(monkeypatch):
     monkeypatch.setattr(importlib.metadata, "version", lambda package: "0.9.5")
     with pytest.raises(RuntimeError, match=r"deepspeed 0\.9\.5 is too old .* 0\.16 or newer"):
-        launched.check_versions("zero3")
+        readiness.check_versions("zero3")
 
 
 @pytest.mark.parametrize(
