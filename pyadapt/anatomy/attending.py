@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from ..layer import AdaptedLayer
 from ..method import UnitBeside
 from ..surgery import original_class
+from .cache import CACHE_NAMES, cache_among
 
 # What computes an attention: call -> ((B, L, H, D), weights or None).
 Core = Callable[["AttentionCall"], tuple[Tensor, Any]]
@@ -35,9 +36,6 @@ Core = Callable[["AttentionCall"], tuple[Tensor, Any]]
 ROUTED = "pyadapt"
 # The implementations of attention that take masks to which columns can be added.
 IMPLEMENTATIONS = ("sdpa", "eager")
-
-# What a cache is called among an attention's arguments.
-CACHE_NAMES = ("past_key_values", "past_key_value", "layer_past")
 
 
 @dataclass(frozen=True)
@@ -121,6 +119,8 @@ class AdaptedAttention(AdaptedLayer):
     """
 
     further: ClassVar[Mapping[str, Any]] = {"at_work": None}
+    # The values of a pair `position_embeddings` that rotate by nothing: of cosines and sines, in most models.
+    no_rotation: ClassVar[tuple[float, float]] = (1.0, 0.0)
     at_work: Work | None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -192,7 +192,7 @@ class AdaptedAttention(AdaptedLayer):
             self.at_work = outer
 
     def _seen(self, kwargs: Mapping[str, Any]) -> Any:
-        cache = next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
+        cache = cache_among(kwargs)
         if cache is None:
             return 0
         index = getattr(self, "layer_idx", None)
@@ -209,10 +209,12 @@ class AdaptedAttention(AdaptedLayer):
             if name in kwargs:
                 kwargs[name] = None
         if kwargs.get("position_embeddings") is not None:
-            # The rotation by nothing.
-            cos, sin = kwargs["position_embeddings"]
-            shape = (*cos.shape[:-2], length, cos.shape[-1]) if cos.dim() < 3 else (1, length, cos.shape[-1])
-            kwargs["position_embeddings"] = (cos.new_ones(shape), sin.new_zeros(shape))
+            pair = kwargs["position_embeddings"]
+            width = pair[0].shape[-1]
+            shape = (length, width) if pair[0].dim() < 3 else (1, length, width)
+            kwargs["position_embeddings"] = tuple(
+                part.new_full(shape, value) for part, value in zip(pair, self.no_rotation, strict=True)
+            )
         if kwargs.get("position_ids") is not None:
             kwargs["position_ids"] = kwargs["position_ids"].new_zeros(1, length)
         return (states.to(hidden.dtype), *outer.args[1:]), kwargs

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..surgery import original_class
 from .attending import AttentionCall, RewrittenAttention
 from .attention import OwnAttention, register
+from .cache import cache_among
 
 
 class AdaptedBloomAttention(RewrittenAttention):
@@ -26,14 +27,14 @@ class AdaptedBloomAttention(RewrittenAttention):
         residual: Tensor,
         alibi: Tensor,
         attention_mask: Tensor | None,
-        layer_past: Any = None,
-        **unused: Any,
+        **further: Any,
     ) -> tuple[Tensor, Any]:
         """See `RewrittenAttention.attention`."""
         this: Any = self
         query, key, value = this._reshape(this.query_key_value(hidden_states))
-        if layer_past is not None:
-            key, value = layer_past.update(key, value, this.layer_idx)
+        cache = cache_among(further)
+        if cache is not None:
+            key, value = cache.update(key, value, this.layer_idx)
         # (B H, 1, K) -> (B, H, 1, K)
         bias = alibi.view(-1, this.num_heads, 1, alibi.shape[-1])
         options = {"scaling": this.inv_norm_factor}

@@ -1,4 +1,4 @@
-"""GPT-J's and GPT-Neo's attention, whose products are a method of their own, `_attn`."""
+"""GPT-Neo's attention, and GPT-J's till transformers 5.23, whose products are a method of their own, `_attn`."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class AdaptedGPTAttention(AdaptedAttention):
 
 
 class AdaptedGPTJAttention(AdaptedGPTAttention):
-    """Mixin of GPT-J's, which rotates by `position_ids` itself."""
+    """Mixin of GPT-J's with `_attn`, which rotates by `position_ids` itself."""
 
     @property
     def scaling(self) -> float:  # type: ignore[override]
@@ -43,6 +43,12 @@ class AdaptedGPTJAttention(AdaptedGPTAttention):
         """See `AdaptedAttention.with_units`; the text comes after what units put before it."""
         before = sum(unit.before for unit in units)
         return super().with_units(units, args, {**kwargs, "position_ids": kwargs["position_ids"] + before})
+
+
+class RotatedGPTJAttention(AdaptedAttention):
+    """Mixin of GPT-J's without `_attn`, which is given sines before cosines."""
+
+    no_rotation: ClassVar[tuple[float, float]] = (0.0, 1.0)
 
 
 @register
@@ -59,14 +65,26 @@ class GPTNeoAttention(OwnAttention):
 
 @register
 class GPTJAttention(OwnAttention):
-    """`GPTJAttention`."""
+    """`GPTJAttention` till transformers 5.23."""
 
     mixin: ClassVar[type[nn.Module] | None] = AdaptedGPTJAttention
 
     @staticmethod
     def accepts(layer: Any) -> bool:
         """See `Host.accepts`."""
-        return original_class(layer).__name__ == "GPTJAttention"
+        return original_class(layer).__name__ == "GPTJAttention" and hasattr(layer, "_attn")
+
+
+@register
+class RegisteredGPTJAttention(Attention):
+    """`GPTJAttention` from transformers 5.24 on, which looks its function up in the registry."""
+
+    mixin: ClassVar[type[nn.Module] | None] = RotatedGPTJAttention
+
+    @staticmethod
+    def accepts(layer: Any) -> bool:
+        """See `Host.accepts`."""
+        return original_class(layer).__name__ == "GPTJAttention" and not hasattr(layer, "_attn")
 
 
 @register

@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import nn
 
+from . import launched
+
 
 class WithoutBase(OrderedDict[str, Any]):
     """A state dict from which names that it lacks may be taken out again.
@@ -34,6 +36,18 @@ def saves_without_base(model: nn.Module) -> bool:
     if fsdp is None or not any(isinstance(module, fsdp.FSDPModule) for module in model.modules()):
         return False
     return not any(parameter.is_meta for parameter in model.parameters())
+
+
+def is_under_accelerates_fsdp1(model: nn.Module) -> bool:
+    """Whether checkpoints of `model` are made by accelerate, from FSDP1: see `fsdp1_checkpoint`.
+
+    A loop without accelerate has the base in them: torch's own `set_state_dict` wants all names that FSDP1 wraps.
+    """
+    if launched.engine_to_come() != "fsdp1":
+        return False
+    from .fsdp1 import Fsdp1
+
+    return Fsdp1.holds(model)
 
 
 def meet_engine(hook: Callable[..., Any]) -> None:

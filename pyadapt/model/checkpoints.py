@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from ..distributed.checkpoints import WithoutBase, meet_engine, saves_without_base
+from ..distributed.checkpoints import WithoutBase, is_under_accelerates_fsdp1, meet_engine, saves_without_base
 from ..trained import MARK, Trained, check_trained_state, without_wrappers
 from .state import WithAdapters
 
@@ -15,10 +15,15 @@ class Checkpoints(WithAdapters):
     """State dicts that hold no base model: giving them to engines, and taking them back."""
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """As `torch.nn.Module.state_dict`; while FSDP2 has sharded the model, what training changes and no more.
+        """As `torch.nn.Module.state_dict`; while FSDP has sharded the model, what training changes and no more.
 
-        Every checkpoint of an engine is made of it: Trainer's, accelerate's, torch's own.
+        Every checkpoint of an engine is made of it: Trainer's, accelerate's, and under FSDP2 torch's own.
         """
+        if kwargs.get("destination") is not None and is_under_accelerates_fsdp1(self):
+            from ..distributed.fsdp1_checkpoint import fill_state_dict
+
+            fill_state_dict(self, **kwargs)
+            return kwargs["destination"]
         if not saves_without_base(self):
             return super().state_dict(*args, **kwargs)
         if kwargs.get("destination") is None:
@@ -43,9 +48,16 @@ class Checkpoints(WithAdapters):
         Raises:
             AdapterFileError: the file of a checkpoint fits another model.
         """
-        if state_dict.pop(prefix + MARK, None) is not None:
-            given = {name[len(prefix) :]: value for name, value in state_dict.items() if name.startswith(prefix)}
+        marked = state_dict.pop(prefix + MARK, None) is not None
+        given = {name[len(prefix) :]: value for name, value in state_dict.items() if name.startswith(prefix)}
+        if marked:
             check_trained_state(self, given)
+        trained = Trained(self)
+        if is_under_accelerates_fsdp1(self):
+            from ..distributed.fsdp1_checkpoint import await_optimizer_state
+
+            await_optimizer_state(self)
+        self.adapter_state.loads_without_base = prefix if all(name in trained for name in given) else None
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *rest)
 
 
@@ -61,19 +73,16 @@ def need_base_in_state_dicts(model: nn.Module) -> None:
         del hooks[key]
 
 
-def _base_is_there(model: nn.Module, incompatible_keys: Any) -> None:
-    missing = incompatible_keys.missing_keys
-    if not missing:
+def _base_is_there(model: Any, incompatible_keys: Any) -> None:
+    """Hook behind loading: a base that is absent as a whole was not meant to be there."""
+    prefix, model.adapter_state.loads_without_base = model.adapter_state.loads_without_base, None
+    if prefix is None:
         return
-    trained = Trained(model)
-    frozen = [name for name in nn.Module.state_dict(model, keep_vars=True) if name not in trained]
-    frozen = [without_wrappers(name) for name in frozen]
-    by_name = {without_wrappers(name): name for name in missing}
-    # A wrapper, such as DDP, has put its own name before those of the model.
-    first = frozen[0] if frozen else None
-    starts = [name.removesuffix(first) for name in by_name if first is not None and name.endswith(first)]
-    for start in starts:
-        names = [start + name for name in frozen]
-        if all(name in by_name for name in names):
-            absent = {by_name[name] for name in names}
-            missing[:] = [name for name in missing if name not in absent]
+    trained, start = Trained(model), without_wrappers(prefix)
+
+    def is_frozen(name: str) -> bool:
+        own = without_wrappers(name)
+        return own.startswith(start) and own.removeprefix(start) not in trained
+
+    missing = incompatible_keys.missing_keys
+    missing[:] = [name for name in missing if not is_frozen(name)]

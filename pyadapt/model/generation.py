@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..anatomy.cache import cache_among
 from .calls import Calls
 
 
@@ -63,7 +64,7 @@ class Generation(Calls):
 
         It asks for what is longer than the cache, and counts the virtual tokens in that, which are none of the text.
         """
-        cache, length, n = kwargs.get("past_key_values"), next_sequence_length, self.adapter_state.prepended
+        cache, length, n = cache_among(kwargs), next_sequence_length, self.adapter_state.prepended
         # Asked with virtual tokens alone: a static cache keeps its length on the device.
         if n and length is not None and cache is not None:
             by_embeds = inputs_embeds is not None and kwargs.get("is_first_iteration")
@@ -76,7 +77,7 @@ class Generation(Calls):
         return super().prepare_inputs_for_generation(input_ids, *args, **kwargs)  # type: ignore[misc]
 
     def _prefill(self, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], **how: Any) -> Any:
-        cache: Any = model_kwargs.get("past_key_values")
+        cache: Any = cache_among(model_kwargs)
         n = self.adapter_state.prepended
         cached = cache.get_seq_length() if n and cache is not None else 0
         if cached:

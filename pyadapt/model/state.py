@@ -29,6 +29,7 @@ class AdapterState:
         trained_before: names of the base parameters that required gradients before wrapping.
         arguments: further arguments of a call that the methods of active adapters take -> the units they are given to.
         prepended: how many virtual tokens the adapters at work put before each sequence that the model decodes.
+        loads_without_base: while a state dict without the base is loaded, what is before the model's names in it.
         checked: whether ranks have made sure that they train the same.
         penalised: (method, configuration, units) of each adapter at work that adds a term to the loss.
     """
@@ -40,6 +41,7 @@ class AdapterState:
     trained_before: frozenset[str] = frozenset()
     arguments: dict[str, tuple[AdapterUnit, ...]] = field(default_factory=dict)
     prepended: int = 0
+    loads_without_base: str | None = None
     checked: bool = False
     penalised: tuple[tuple[type[LayerMethod], Any, tuple[AdapterUnit, ...]], ...] = ()
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import gang
 import pytest
 import torch
@@ -23,6 +25,17 @@ def assert_goes_on(found, whole, where, exact):
         if exact:
             assert (adapter[key] == value).all(), f"{where}: {key}"
         assert_close(torch.tensor(adapter[key]), torch.tensor(value), "gradient", torch.float32, f"{where}: {key}")
+
+
+def assert_no_base(folder):
+    """A checkpoint that accelerate has written under FSDP has what is trained, and no frozen parameter."""
+    whole = os.path.join(folder, "pytorch_model_fsdp.bin")
+    if os.path.exists(whole):
+        names = set(torch.load(whole, weights_only=True))
+    else:
+        names = names_in("fsdp", os.path.join(folder, "pytorch_model_fsdp_0"))
+    assert names
+    assert all(".default." in name or "of_default" in name for name in names), sorted(names)
 
 
 @pytest.mark.parametrize("engine", ENGINES)

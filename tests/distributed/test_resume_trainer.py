@@ -7,14 +7,16 @@ import os
 import gang
 import pytest
 from safetensors.numpy import load_file
-from test_resume_engines import assert_goes_on
+from test_resume_engines import assert_goes_on, assert_no_base
 from trainer_cases import best, run
 
 
-@pytest.mark.parametrize("engine", ["ddp", "zero3", "fsdp2", "fsdp2_sharded"])
+@pytest.mark.parametrize("engine", ["ddp", "zero3", "fsdp1", "fsdp1_sharded", "fsdp2", "fsdp2_sharded"])
 def test_trainer_goes_on(engine, tmp_path):
     folder = str(tmp_path)
     whole = gang.run(2, run, engine, folder, group=False)[0]
+    if engine.startswith("fsdp"):
+        assert_no_base(str(tmp_path / "checkpoint-2"))
     for ranks in (2, 1):
         again = gang.run(ranks, run, engine, folder, True, group=False)[0]
         assert_goes_on(again, whole, f"on {ranks}", exact=ranks == 2)
@@ -22,7 +24,7 @@ def test_trainer_goes_on(engine, tmp_path):
     assert {"adapter_config.json", "adapter_model.safetensors"} <= set(files), files
 
 
-@pytest.mark.parametrize("engine", ["ddp", "zero3", "fsdp2"])
+@pytest.mark.parametrize("engine", ["ddp", "zero3", "fsdp1", "fsdp2"])
 def test_the_best_checkpoint_is_loaded_at_the_end(engine, tmp_path):
     for name, adapter in gang.run(2, best, engine, str(tmp_path), group=False):
         assert name == "checkpoint-2"

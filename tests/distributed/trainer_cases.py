@@ -56,6 +56,9 @@ def run(
     seed = 4 if resume else 3
     model = wrapped(seed, lora_dropout=dropout, **(WITHOUT_BIASES if "fsdp1" in engine else {}))
     trainer = Trainer(model=model, args=arguments, train_dataset=Rows())
+    if engine.startswith("fsdp1"):
+        # On a CPU torch offloads states by no copy, of a buffer that it uses again.
+        trainer.accelerator.state.fsdp_plugin.optim_state_dict_config.offload_to_cpu = False
     if "sharded" in engine:
         trainer.add_callback(pyadapt.AdapterCheckpoint())
     if killed is not None:
@@ -81,7 +84,7 @@ def best(engine: str, folder: str) -> tuple[str, dict[str, Any]]:
     }
     options = {"max_steps": STEPS, "save_steps": SAVED_AT, "learning_rate": 1e-2, "load_best_model_at_end": True}
     arguments = training_arguments(engine, folder, **options, **judged)
-    model = wrapped(3)
+    model = wrapped(3, **(WITHOUT_BIASES if "fsdp1" in engine else {}))
     trainer = Trainer(model=model, args=arguments, train_dataset=Rows(), eval_dataset=Rows())
     trainer.train()
     adapter = {key: value.detach().numpy() for key, value in model.get_adapter_state_dict().items()}
@@ -106,7 +109,8 @@ def loop(
     """A loop with accelerate from step `first`, before which it loads from `folder`, where it saves behind SAVED_AT.
 
     Args:
-        engine: "alone", "ddp", "zero3" or "fsdp2".
+        engine: "alone", "ddp", "zero3", "fsdp1", "fsdp2", the last two also with "_sharded" for SHARDED_STATE_DICT, and
+            "fsdp1_flat", without use_orig_params.
         folder: of the checkpoint.
         first: number of the first step.
         dropout: of the adapter.
@@ -124,26 +128,32 @@ def loop(
     if engine == "zero3":
         zero3 = {**ZERO3, "train_micro_batch_size_per_gpu": 4 // ranks}
         accelerator = Accelerator(**common, deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=zero3))
-    elif engine == "fsdp2":
+    elif engine.startswith("fsdp"):
         plugin = FullyShardedDataParallelPlugin(
-            fsdp_version=2,
+            fsdp_version=int(engine[4]),
             auto_wrap_policy="transformer_based_wrap",
             transformer_cls_names_to_wrap=["BertLayer"],
             cpu_ram_efficient_loading=False,
-            state_dict_type="SHARDED_STATE_DICT",
+            use_orig_params="flat" not in engine,
+            state_dict_type="SHARDED_STATE_DICT" if "sharded" in engine else "FULL_STATE_DICT",
         )
+        plugin.optim_state_dict_config.offload_to_cpu = False  # see `run`
         accelerator = Accelerator(**common, fsdp_plugin=plugin)
     else:
         accelerator = Accelerator(cpu=options["use_cpu"], **common)
     set_seed(7, device_specific=False)
-    model = wrapped(3 + first, lora_dropout=dropout)
+    model = wrapped(3 + first, lora_dropout=dropout, **(WITHOUT_BIASES if "fsdp1" in engine else {}))
     set_seed(7 + accelerator.process_index)
+    if "flat" in engine:
+        # What an optimizer is made over has to be the model's afterwards.
+        model = accelerator.prepare(model)
     optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], lr=1e-2)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
     # With a generator of its own: or each start of an iterator draws from the one that dropout draws from.
     generator = torch.Generator().manual_seed(7)
     loader = torch.utils.data.DataLoader(Rows(), batch_size=4 // ranks, shuffle=True, generator=generator)
     call, optimizer, loader, scheduler = accelerator.prepare(model, optimizer, loader, scheduler)
+    inside = accelerator.unwrap_model(call)
     if hooks:
         pyadapt.distributed.checkpoint_adapters(accelerator)
     call.train()
@@ -163,7 +173,7 @@ def loop(
             accelerator.wait_for_everyone()
         if killed == "between steps" and step + 1 == SAVED_AT + 1:
             os.kill(os.getpid(), signal.SIGKILL)
-    return losses, {key: value.detach().numpy() for key, value in model.get_adapter_state_dict().items()}
+    return losses, {key: value.detach().numpy() for key, value in inside.get_adapter_state_dict().items()}
 
 
 def _killer(trainer: Any, where: str) -> Any:
@@ -218,4 +228,18 @@ def _options(engine: str, folder: str) -> dict[str, Any]:
     }
     if kind == "fsdp1":
         config.update(use_orig_params=True, sync_module_states=False)
+        _copy_to_cpu()
     return {**configured, "fsdp": "full_shard auto_wrap", "fsdp_config": config}
+
+
+def _copy_to_cpu() -> None:
+    """Let torch move FSDP1's parameters to the CPU as from a GPU, by a copy: on a CPU it frees what it then reads."""
+    from torch.distributed.fsdp._flat_param import FlatParamHandle
+
+    move = FlatParamHandle.flat_param_to
+
+    def flat_param_to(handle: Any, *args: Any, **kwargs: Any) -> None:
+        handle.flat_param.data = handle.flat_param.detach().clone()
+        move(handle, *args, **kwargs)
+
+    FlatParamHandle.flat_param_to = flat_param_to

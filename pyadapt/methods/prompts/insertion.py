@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...anatomy.cache import cache_among
 from ...distributed.sharding import call_inside
 from ...tying import input_embedding
 
@@ -31,7 +32,7 @@ def with_prompt(owner: Any, prompt: Tensor, given: dict[str, Any]) -> tuple[dict
     Raises:
         ValueError: the mask is none of two dimensions, to which n columns could be added.
     """
-    n, cache = prompt.shape[-2], given.get("past_key_values")
+    n, cache = prompt.shape[-2], cache_among(given)
     inserted = cache is None or not bool(cache.get_seq_length())
     mask = given.get("attention_mask")
     if mask is not None:
