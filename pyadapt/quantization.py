@@ -106,7 +106,7 @@ def layers_to_quantize(model: nn.Module, skip: list[str] | None) -> list[str]:
 
 def _is_finite(weight: Tensor) -> bool:
     """Whether every value is; without temporaries of the weight's size, which `torch.isfinite(weight)` makes."""
-    if weight.numel() == 0:
+    if weight.numel() == 0 or weight.is_meta:
         return True
     low, high = torch.aminmax(weight.detach())
     return bool(torch.isfinite(low) & torch.isfinite(high))

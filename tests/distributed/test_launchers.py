@@ -108,21 +108,22 @@ def check(bases, name, out, how):
 def accelerate_launch(config, *options):
     """The command up to the script; the file as it is, and only what the machine has is said otherwise."""
     machine = ("--num_processes", "2", "--main_process_port", gang.free_port())
-    return ("accelerate", "launch", "--config_file", CONFIGS / f"{config}.yaml", *machine, *options)
+    return ("accelerate", "launch", "--config_file", config, *machine, *options)
 
 
 @pytest.mark.parametrize("config", sorted(path.stem for path in CONFIGS.glob("*.yaml")))
 def test_a_config_of_the_examples_under_accelerate_launch(config, bases, tmp_path):
     if config.startswith("zero3"):
         pytest.importorskip("deepspeed")
-    launcher = accelerate_launch(config, "--mixed_precision", "no")  # bf16 would hide differences
+    launcher = accelerate_launch(CONFIGS / f"{config}.yaml", "--mixed_precision", "no")  # bf16 would hide differences
     finish(start(*launcher, *arguments(bases, BASES[config], tmp_path)))
     found = check(bases, BASES[config], tmp_path, ["loop", "trainer"])
     assert found["ranks"] == 2
     assert found["engine"] == f"DistributedType.{ENGINES[config]}"
 
 
-def test_the_deepspeed_launcher_with_trainers_own_argument(bases, tmp_path):
+def test_the_deepspeed_launcher(bases, tmp_path):
+    """A loop with accelerate, to which the environment gives DeepSpeed's configuration; Trainer's own argument."""
     pytest.importorskip("deepspeed")
     zero3 = {
         "train_micro_batch_size_per_gpu": "auto",
@@ -130,22 +131,45 @@ def test_the_deepspeed_launcher_with_trainers_own_argument(bases, tmp_path):
         "zero_allow_untested_optimizer": True,
         "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
     }
+    config = tmp_path / "zero3.json"
+    config.write_text(json.dumps(zero3 | {"train_micro_batch_size_per_gpu": 2, "gradient_clipping": 1.0}))
     launcher = ("deepspeed", "--num_accelerators", 2, "--master_port", gang.free_port())
-    script = arguments(bases, "t5", tmp_path, deepspeed=zero3)
-    finish(start(*launcher, *script, "--how", "trainer", ACCELERATE_USE_DEEPSPEED="true"))
-    check(bases, "t5", tmp_path, ["trainer"])
+    said = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(config)}
+    finish(start(*launcher, *arguments(bases, "t5", tmp_path, deepspeed=zero3), **said))
+    found = check(bases, "t5", tmp_path, ["loop", "trainer"])
+    assert found["engine"] == "DistributedType.DEEPSPEED"
+
+
+def agents_of_torchrun(*script, **environment):
+    """Two agents, as on two nodes, of one process each."""
+    rendezvous = ("--rdzv_backend", "c10d", "--rdzv_endpoint", f"localhost:{gang.free_port()}", "--rdzv_id", "two")
+    for node in range(2):
+        launcher = ("torchrun", "--nnodes", 2, "--node_rank", node, "--nproc_per_node", 1, *rendezvous)
+        yield start(*launcher, *script, **environment)
 
 
 def test_two_agents_of_torchrun_with_trainers_own_fsdp(bases, tmp_path):
     fsdp = {"version": 2, "cpu_ram_efficient_loading": False, "state_dict_type": "SHARDED_STATE_DICT"}
     script = arguments(bases, "llama", tmp_path, fsdp="full_shard auto_wrap", fsdp_config=fsdp)
-    rendezvous = ("--rdzv_backend", "c10d", "--rdzv_endpoint", f"localhost:{gang.free_port()}", "--rdzv_id", "two")
-    agents = []
-    for node in range(2):
-        launcher = ("torchrun", "--nnodes", 2, "--node_rank", node, "--nproc_per_node", 1, *rendezvous)
-        agents.append(start(*launcher, *script, "--how", "trainer", ACCELERATE_USE_FSDP="true"))
-    finish(*agents)
+    finish(*agents_of_torchrun(*script, "--how", "trainer", ACCELERATE_USE_FSDP="true"))
     check(bases, "llama", tmp_path, ["trainer"])
+
+
+def test_two_agents_of_torchrun_with_ddp(bases, tmp_path):
+    finish(*agents_of_torchrun(*arguments(bases, "t5", tmp_path)))
+    found = check(bases, "t5", tmp_path, ["loop", "trainer"])
+    assert found["engine"] == "DistributedType.MULTI_CPU"
+
+
+def test_rank_0_alone_reads_the_base(bases, tmp_path):
+    """`fsdp_cpu_ram_efficient_loading`: the others get it, and the adapters' first values, when it is sharded."""
+    config = (CONFIGS / "fsdp2.yaml").read_text()
+    changed = re.sub(r"(fsdp_cpu_ram_efficient_loading:) false", r"\1 true", config)
+    assert changed != config
+    (tmp_path / "config.yaml").write_text(changed)
+    launcher = accelerate_launch(tmp_path / "config.yaml", "--mixed_precision", "no")
+    finish(start(*launcher, *arguments(bases, "llama", tmp_path)))
+    check(bases, "llama", tmp_path, ["loop", "trainer"])
 
 
 @pytest.mark.parametrize("config", ["fsdp1", "zero3_offload"])
@@ -155,7 +179,7 @@ def test_the_sharded_example(config, tmp_path):
         pytest.importorskip("deepspeed")
     out = tmp_path / "out"
     example = (ROOT / "examples" / "seq2seq_lora_sharded.py", "--tiny", "--output", out)
-    (said,) = finish(start(*accelerate_launch(config), HERE / "cpu_launch.py", *example))
+    (said,) = finish(start(*accelerate_launch(CONFIGS / f"{config}.yaml"), HERE / "cpu_launch.py", *example))
     (learned,) = re.findall(r"^accuracy: ([\d.]+) before training, ([\d.]+) after$", said, re.MULTILINE)
     assert float(learned[1]) > float(learned[0]) + 0.2
     epochs = re.findall(r"^epoch (\d): perplexity [\d.]+ in training, ([\d.]+) in evaluation", said, re.MULTILINE)
