@@ -111,6 +111,21 @@ class AdapterEngine(nn.Module):
         self.optimizer.checkpoint_event_epilogue()
         return path, state["client_state"]
 
+    def module_state_dict(
+        self: Any,
+        destination: Any = None,
+        prefix: str = "",
+        keep_vars: bool = False,
+        exclude_frozen_parameters: bool = False,
+    ) -> Any:
+        """The model's state dict; DeepSpeed excludes parameters by names that a frozen bias does not have in it."""
+        found = super().module_state_dict(destination, prefix, keep_vars, False)  # type: ignore[misc]
+        if exclude_frozen_parameters:
+            trained = Trained(self.module)
+            for name in [name for name in found if name.removeprefix(prefix) not in trained]:
+                del found[name]
+        return found
+
     def zero_gather_16bit_weights_on_model_save(self: Any) -> bool:
         """True: what is gathered is small."""
         return _is_zero3(self) or super().zero_gather_16bit_weights_on_model_save()  # type: ignore[misc]

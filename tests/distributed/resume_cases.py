@@ -7,6 +7,7 @@ import os
 import signal
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from engines import Options, Runner, rows_of_rank, start
@@ -22,6 +23,15 @@ CONFIG = {**LORA, "task_type": "SEQ_CLS", "bias": "lora_only", "modules_to_save"
 # A unit of FSDP1 is frozen or trained as a whole; and over DDP torch's `set_state_dict` looks in a state dict for names
 # of parameters, where a frozen bias beside a trained one has another (see `biases`).
 WITHOUT_BIASES = {"bias": "none"}
+
+# Keys of DeepSpeed's configuration, where it is not that of ZeRO-3 in fp32.
+ZERO: dict[str, dict[str, Any]] = {
+    "zero0": {"zero_optimization": {"stage": 0}},
+    "zero1": {"zero_optimization": {"stage": 1}},
+    "zero2": {"zero_optimization": {"stage": 2}},
+    # The scale of the loss doubles in each step.
+    "zero3_fp16": {"fp16": {"enabled": True, "initial_scale_power": 4, "loss_scale_window": 1}},
+}
 
 Result = tuple[list[float], dict[str, Any]]
 
@@ -53,7 +63,13 @@ def run(engine: str, folder: str, first: int = 0, killed: bool = False) -> Resul
     """
     # With another start, so that only the checkpoint can bring the right weights.
     model = wrapped(3 + first, **(WITHOUT_BIASES if engine in ("fsdp1", "ddp") else {}))
-    runner = start(model, engine, Options(optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-2)))
+    options = Options(optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-2), zero3=ZERO.get(engine, {}))
+    if engine == "zero3_fp16":
+        # DeepSpeed allows it on GPUs alone; torch has its products on CPUs as well.
+        from deepspeed.accelerator import get_accelerator
+
+        get_accelerator().is_fp16_supported = lambda: True
+    runner = start(model, "zero3" if engine.startswith("zero") else engine, options)
     model.train()
     if first:
         load(runner, engine, folder)
@@ -67,7 +83,10 @@ def run(engine: str, folder: str, first: int = 0, killed: bool = False) -> Resul
             save(runner, engine, folder)
             dist.barrier()
     # As arrays: tensors would be shared memory, which ends with the process.
-    return losses, {key: value.detach().numpy() for key, value in model.get_adapter_state_dict().items()}
+    left = {key: value.detach().numpy() for key, value in model.get_adapter_state_dict().items()}
+    if engine == "zero3_fp16":
+        left["the scale of the loss"] = np.array(float(runner.engine.optimizer.loss_scale), dtype=np.float32)
+    return losses, left
 
 
 def run_and_resume(engine: str, folder: str) -> tuple[Result, Result]:
@@ -77,7 +96,7 @@ def run_and_resume(engine: str, folder: str) -> tuple[Result, Result]:
 
 def save(runner: Runner, engine: str, folder: str) -> None:
     """As scripts do it that know their engine and nothing of adapters."""
-    if engine == "zero3":
+    if engine.startswith("zero"):
         runner.engine.save_checkpoint(folder)
         return
     from torch.distributed.checkpoint import save as write
@@ -89,7 +108,7 @@ def save(runner: Runner, engine: str, folder: str) -> None:
 
 def load(runner: Runner, engine: str, folder: str) -> None:
     """The other way."""
-    if engine == "zero3":
+    if engine.startswith("zero"):
         path, _ = runner.engine.load_checkpoint(folder)
         assert path is not None
         return
@@ -104,7 +123,10 @@ def load(runner: Runner, engine: str, folder: str) -> None:
 
 def names_in(engine: str, folder: str) -> set[str]:
     """The model's names in a checkpoint."""
-    if engine == "zero3":
+    if engine in ("zero0", "zero1", "zero2"):
+        (path,) = glob.glob(f"{folder}/global_step*/mp_rank_00_model_states.pt")
+        return set(torch.load(path, weights_only=False)["module"])
+    if engine.startswith("zero3"):
         (path,) = glob.glob(f"{folder}/global_step*/*")
         state = torch.load(path, weights_only=True)
         assert state["optimizer"]["state"].keys() <= state["model"].keys()
