@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from models import assert_near
+from models import CACHE, assert_near
 from prefix_cases import CASES, DECODERS, SEQ2SEQ, WINDOW, batch
 from prefix_twins import N, prefixed, twins
 
@@ -93,14 +93,15 @@ def test_going_on_from_a_cache(name):
     inputs = batch(name, tokens=6)
     whole = generated(model, inputs, **GREEDY)
     first = generated(model, inputs, do_sample=False, max_new_tokens=3, return_dict_in_generate=True)
-    assert first.past_key_values.get_seq_length() == 6 + 3 - 1
+    cache = getattr(first, CACHE)
+    assert cache.get_seq_length() == 6 + 3 - 1
     ids = first.sequences
     rest = generated(
         model,
         {"input_ids": ids, "attention_mask": torch.ones_like(ids)},
         do_sample=False,
         max_new_tokens=5,
-        past_key_values=first.past_key_values,
+        **{CACHE: cache},
     )
     assert torch.equal(rest, whole)
 

@@ -7,7 +7,7 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
-from models import assert_near
+from models import CACHE, assert_near
 from prompt_cases import (
     CONFIGS,
     DECODERS,
@@ -249,8 +249,9 @@ def test_a_cache_holds_the_prompt_from_the_first_call_on():
     with torch.no_grad():
         whole = model(ids, attention_mask=mask).logits
         first = model(ids[:, :4], attention_mask=mask[:, :4], use_cache=True)
-        assert first.past_key_values.get_seq_length() == 4 + TOKENS
-        rest = model(ids[:, 4:], attention_mask=mask, past_key_values=first.past_key_values).logits
+        cache = getattr(first, CACHE)
+        assert cache.get_seq_length() == 4 + TOKENS
+        rest = model(ids[:, 4:], attention_mask=mask, **{CACHE: cache}).logits
     assert_near(torch.cat([first.logits, rest], dim=1), whole, "model")
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from tolerance import assert_near
 
 from .compare import copy_adapter_to_peft, peft_key, peft_twin, snapshot
-from .families import ALL, FAMILIES, VOCABULARY, Family, build, model_batch, plain_module, tied_llama
+from .families import ALL, CACHE, FAMILIES, VOCABULARY, Family, build, model_batch, plain_module, tied_llama
 
 __all__ = [
     "ALL",
+    "CACHE",
     "FAMILIES",
     "VOCABULARY",
     "Family",

@@ -5,6 +5,7 @@ Sizes are odd on purpose where the architecture lets them be: kernels have edges
 
 from __future__ import annotations
 
+import importlib.metadata
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,9 @@ import torch
 from torch import Tensor, nn
 
 VOCABULARY = 67
+# What transformers calls the cache among arguments and outputs.
+_VERSION = tuple(map(int, importlib.metadata.version("transformers").split(".")[:2]))
+CACHE = "cache" if _VERSION >= (5, 24) else "past_key_values"
 
 
 @dataclass(frozen=True)
