@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,7 +21,7 @@ from . import kohya
 from .biases import COPY, biased_modules, is_bias_copy, own_bias
 from .config import AdapterConfig
 from .distributed.agreement import rank
-from .distributed.sharding import sharding_of, whole, whole_shape
+from .distributed.sharding import sharding_of, whole, whole_shape, whole_under
 from .files import (
     ADAPTER_WEIGHTS_FILE,
     AdapterFileError,
@@ -340,26 +339,22 @@ def _places(model: nn.Module, name: str, write: bool = False) -> Iterator[tuple[
     of them; `write` is that of `Sharding.whole`.
     """
     sharding = sharding_of(model)
-
-    def having(modules: Iterable[nn.Module]) -> AbstractContextManager[None]:
-        return nullcontext() if sharding is None else sharding.whole(list(modules), write)
-
     for path, layer in adapted_layers(model):
         unit = layer.unit(name)
         if unit is None or unit.source is not None:
             continue
-        with having([unit]):
+        with whole_under(sharding, [unit], write):
             for attribute, parameter in unit.named_parameters(recurse=False):
                 yield f"{KEY_PREFIX}{path}.{unit.file_keys[attribute]}", parameter
     for path, module in saved_modules(model):
         if name in module.copies:
             copy = unwrapped(module.copies[name])
-            with having(copy.modules()):
+            with whole_under(sharding, list(copy.modules()), write):
                 for key, tensor in copy.state_dict(keep_vars=True).items():
                     yield f"{KEY_PREFIX}{path}.{key}", tensor
     for path, biased in biased_modules(model):
         if COPY + name in biased._parameters:
-            with having([biased]):
+            with whole_under(sharding, [biased], write):
                 adapted = isinstance(biased, AdaptedLayer) and biased.unit(name) is not None
                 yield _bias_key(path, adapted), biased.get_parameter(COPY + name)
 

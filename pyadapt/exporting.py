@@ -6,7 +6,6 @@ import copy
 import os
 import shutil
 import tempfile
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -51,7 +50,7 @@ def export(model: nn.Module, path: Path, original: Path | None = None, **save_op
     model = unwrapped(model)
     sharding = sharding_of(model)
     names: list[str] = []
-    with nullcontext() if sharding is None else agreement.together("exporting the model"):
+    with agreement.together("exporting the model", among_ranks=sharding is not None):
         if os.path.isfile(path):
             raise ValueError(f"{os.fspath(path)} is a file; a folder is needed")
         if is_wrapped(model):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from .base import BaseWeight, base_of
 from .biases import bias_among, check_biases_finite, own_bias, remove_biases, take_over_biases
 from .distributed import agreement
-from .distributed.sharding import Sharding, sharding_of
+from .distributed.sharding import Sharding, sharding_of, whole_under
 from .files import Path
 from .layer import AdaptedLayer, adapted_layers, base_modules, dense_dtype, restore_layer, saved_modules
 from .merged import DENSE, ORIGINAL, MergedLayer, MergeReport, dequantized
@@ -114,7 +113,7 @@ def merged_weights(
         write: whether what is written to a layer that is sharded is to be kept.
     """
     sharding = sharding_of(model)
-    with _together(sharding, "reading the original weights"):
+    with agreement.together("reading the original weights", among_ranks=sharding is not None):
         originals = OriginalWeights(original, model) if original is not None else None
     ties = TiedMerge(model, names)
     others = dense_dtype(model)
@@ -128,8 +127,8 @@ def merged_weights(
                 f"the adapter on {path} makes up for what quantising took from its weight (LoftQ), which the original "
                 "weight still has: merge without `original`"
             )
-        with _at_hand(sharding, [layer, *units], write):
-            with _together(sharding, f"merging {path}"):
+        with whole_under(sharding, [layer, *units], write):
+            with agreement.together(f"merging {path}", among_ranks=sharding is not None):
                 if base.quantized and originals is not None:
                     source, matrix = ORIGINAL, originals.matrix(path, layer, base)
                 else:
@@ -223,24 +222,14 @@ def _merged_in_place(model: nn.Module, names: Sequence[str], write: bool = False
     for path, layer in adapted_layers(model):
         units = _units(layer, names)
         if units:
-            with _at_hand(sharding, [layer, *units], write):
-                with _together(sharding, f"merging {path}"):
+            with whole_under(sharding, [layer, *units], write):
+                with agreement.together(f"merging {path}", among_ranks=sharding is not None):
                     bias = bias_among(layer, names)
                     matrix, dtype = layer.base.matrix(layer), layer.base.dtype(layer)
                     merged = ties.share(_fold(path, layer, layer.base, matrix, bias, units, dtype))
                     if sharding is not None:
                         merged.check_finite()
                 yield merged
-
-
-def _at_hand(sharding: Sharding | None, modules: Sequence[nn.Module], write: bool) -> AbstractContextManager[None]:
-    """Inside the block `modules` are whole."""
-    return nullcontext() if sharding is None else sharding.whole(modules, write)
-
-
-def _together(sharding: Sharding | None, subject: str) -> AbstractContextManager[None]:
-    """The block fails on every rank of a sharded model if on one; see `agreement.together`."""
-    return nullcontext() if sharding is None else agreement.together(subject)
 
 
 def _units(layer: nn.Module, names: Sequence[str]) -> list[AdapterUnit]:

@@ -117,8 +117,12 @@ def agree(subject: str, value: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def together(subject: str) -> Iterator[None]:
+def together(subject: str, among_ranks: bool = True) -> Iterator[None]:
     """Run a block that fails on every rank if it fails on one; collectives belong behind it, not inside.
+
+    Args:
+        subject: see `meet`.
+        among_ranks: False where the other ranks do not come here, and the block is this one's own.
 
     Raises:
         RankError: the block failed on another rank; the message says which, and why.
@@ -128,7 +132,7 @@ def together(subject: str) -> Iterator[None]:
         yield
     except Exception as error:
         failure = error
-    if is_distributed():
+    if among_ranks and is_distributed():
         try:
             failures = meet(subject, None if failure is None else f"{type(failure).__name__}: {failure}")
         except RankError as missing:

@@ -10,7 +10,7 @@ import abc
 import contextlib
 import importlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -93,20 +93,24 @@ class Sharding(abc.ABC):
         """Give the parameters, bit for bit, the values that `keep` has copied; no collective."""
 
 
-@contextlib.contextmanager
-def whole(model: nn.Module, modules: Sequence[nn.Module], write: bool = False) -> Iterator[None]:
+def whole(
+    model: nn.Module, modules: Sequence[nn.Module], write: bool = False
+) -> contextlib.AbstractContextManager[None]:
     """`Sharding.whole` for a model that may be sharded or not; where it is not, nothing happens."""
-    sharding = sharding_of(model)
-    with contextlib.nullcontext() if sharding is None else sharding.whole(modules, write):
-        yield
+    return whole_under(sharding_of(model), modules, write)
 
 
-@contextlib.contextmanager
-def replacing(module: nn.Module) -> Iterator[None]:
+def whole_under(
+    sharding: Sharding | None, modules: Sequence[nn.Module], write: bool = False
+) -> contextlib.AbstractContextManager[None]:
+    """`Sharding.whole` where the question how the model is sharded, if it is, has been asked already."""
+    return contextlib.nullcontext() if sharding is None else sharding.whole(modules, write)
+
+
+def replacing(module: nn.Module) -> contextlib.AbstractContextManager[None]:
     """`Sharding.replacing` for a module that may be sharded or not; where it is not, nothing happens."""
     sharding = sharding_of(module)
-    with contextlib.nullcontext() if sharding is None else sharding.replacing(module):
-        yield
+    return contextlib.nullcontext() if sharding is None else sharding.replacing(module)
 
 
 def running(model: nn.Module) -> contextlib.AbstractContextManager[None]:

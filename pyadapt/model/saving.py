@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import tempfile
@@ -62,7 +61,7 @@ class FileVerbs(AdapterVerbs):
             agreement.agree("saving the adapters", {"adapters": names})
             is_main_process = is_main_process and agreement.rank() == 0
         for name in names if is_main_process or sharding is not None else ():
-            with agreement.together(f"saving adapter {name!r}") if sharding is not None else contextlib.nullcontext():
+            with agreement.together(f"saving adapter {name!r}", among_ranks=sharding is not None):
                 config = self.peft_config[name]
                 checkpoint.save_adapter(self, save_directory, name, config, state_dict, plain, writes=is_main_process)
         if is_main_process and names:

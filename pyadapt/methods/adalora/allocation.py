@@ -17,14 +17,13 @@ Source: Zhang et al., "Adaptive Budget Allocation for Parameter-Efficient Fine-T
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...distributed.sharding import Sharding
+from ...distributed.sharding import Sharding, whole_under
 from .config import AdaLoraConfig
 from .unit import AdaLoraUnit
 
@@ -56,8 +55,7 @@ def update_and_allocate(
     is_seen = global_step < end
     allocates = not is_seen or (global_step > config.tinit and global_step % config.deltaT == 0)
     gradients = gradients_of(units, sharding) if is_seen else []
-    having = contextlib.nullcontext() if sharding is None else sharding.whole(units, write=allocates)
-    with torch.no_grad(), having:
+    with torch.no_grad(), whole_under(sharding, units, write=allocates):
         if is_seen:
             observe(name, config, units, gradients)
             if allocates:
