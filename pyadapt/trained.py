@@ -6,6 +6,7 @@ parameters of the base that somebody has thawed by hand, and embeddings that an 
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -14,14 +15,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from .biases import COPY
+from .biases import COPY, biased_modules
 from .distributed.sharding import whole_shape
 from .files import AdapterFileError, write_safetensors
-from .layer import WRAPPED, LiveDict, base_modules
+from .layer import WRAPPED, LiveDict, adapted_layers, base_modules, saved_modules
 from .vocabulary import stored_weights
 
 # The name of transformers and accelerate for the weights of a checkpoint, and a key that no model has: a file with it
-# is a checkpoint's, without the base model, and who takes it for a whole model is told of an unexpected key.
+# is a checkpoint's, without the base model, and who takes it for a whole model is told of an unexpected key. Its value
+# says which adapters (`fingerprint`).
 CHECKPOINT_FILE = "model.safetensors"
 MARK = "pyadapt_checkpoint_without_base"
 
@@ -60,6 +62,27 @@ class Trained:
         return any(name[:end] in self._within for end in _dots(name))
 
 
+def fingerprint(model: Any) -> str:
+    """A digest of which layers carry which adapters in which shapes, and of what else is trained beside the base.
+
+    The same whether an engine has sharded the model or not.
+    """
+    lines = [
+        f"{path} {name} {unit.shapes(config, path, layer.base, layer)}"
+        for path, layer in adapted_layers(model)
+        for name, config in model.peft_config.items()
+        if (unit := layer.unit(name)) is not None
+    ]
+    lines += [f"{path} {sorted(module.copies)}" for path, module in saved_modules(model)]
+    lines += [path for path, _ in biased_modules(model)]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def mark_of(model: Any) -> Tensor:
+    """The value of MARK in the checkpoints of a model: one int64."""
+    return torch.tensor(int(fingerprint(model)[:15], 16))
+
+
 def trained_state(model: Any) -> dict[str, Tensor]:
     """What training changes, out of the state dict of a model that is not sharded."""
     trained = Trained(model)
@@ -73,7 +96,7 @@ def without_wrappers(name: str) -> str:
 
 def write_trained_state(model: Any, folder: str, file: str = CHECKPOINT_FILE) -> None:
     """Write `trained_state` as the weights of a checkpoint, in a way that nobody takes for a whole model's."""
-    tensors = {**trained_state(model), MARK: torch.ones(1, dtype=torch.uint8)}
+    tensors = {**trained_state(model), MARK: mark_of(model)}
     write_safetensors(os.path.join(folder, file), tensors)
 
 
@@ -93,6 +116,19 @@ def is_trained_state(path: str) -> bool:
             return MARK in set(file.keys())
     except (OSError, SafetensorError):
         return False
+
+
+def check_mark(model: Any, mark: Tensor) -> None:
+    """Refuse the checkpoint of another model or other adapters, of which MARK is all that can be seen whole.
+
+    Raises:
+        AdapterFileError: so it is.
+    """
+    if int(mark) != int(mark_of(model)):
+        raise AdapterFileError(
+            f"the checkpoint belongs to another model or other adapters than this {type(model).__name__}; wrap the "
+            "same model with the same configuration"
+        )
 
 
 def check_trained_state(model: Any, tensors: Mapping[str, Tensor]) -> None:

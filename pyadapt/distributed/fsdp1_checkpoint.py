@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import logging
 import weakref
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch.distributed.checkpoint.state_dict import _init_optim_state
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from ..layer import WRAPPED
-from ..trained import Trained, without_wrappers
+from ..trained import MARK, Trained, mark_of, without_wrappers
 from .fsdp1 import outermost_unit
 
 # The models whose outermost unit leaves out what is frozen.
@@ -56,10 +57,12 @@ def fill_state_dict(model: nn.Module, destination: dict[str, Any], prefix: str, 
             visit(child, path if name in WRAPPED else f"{path}{name}.", of_outermost)
 
     visit(model, "", True)
+    destination[prefix + MARK] = mark_of(model)
     if model not in _left_out:
         _left_out.add(model)
         hook = functools.partial(_leave_out_frozen, model, without_wrappers(prefix))
         outermost_unit(model)._register_state_dict_hook(hook)
+        logging.getLogger("torch.distributed.fsdp._state_dict_utils").addFilter(_is_news)
 
 
 def await_optimizer_state(model: nn.Module) -> None:
@@ -108,10 +111,18 @@ def _trains(unit: FullyShardedDataParallel) -> bool:
     return own(unit.module)
 
 
+def _is_news(record: logging.LogRecord) -> bool:
+    """Filter of torch's warnings, one for each frozen parameter that a checkpoint lacks, as it should.
+
+    What is trained and missing is an error of the model's own (`trained.check_mark`).
+    """
+    return not str(record.msg).startswith("Did not find param with FQN")
+
+
 def _leave_out_frozen(model: nn.Module, start: str, root: nn.Module, state_dict: dict[str, Any], *rest: Any) -> None:
     """Hook of the outermost unit, behind its own: `start` is before the names of `model`."""
     trained = Trained(model)
     for name in list(state_dict):
         own = without_wrappers(name)
-        if own.startswith(start) and own.removeprefix(start) not in trained:
+        if own.startswith(start) and own.removeprefix(start) not in trained and own != start + MARK:
             del state_dict[name]

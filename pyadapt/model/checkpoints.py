@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
 from ..distributed.checkpoints import WithoutBase, is_under_accelerates_fsdp1, meet_engine, saves_without_base
-from ..trained import MARK, Trained, check_trained_state, without_wrappers
+from ..distributed.sharding import sharding_of
+from ..trained import MARK, Trained, check_mark, check_trained_state, mark_of, without_wrappers
 from .state import WithAdapters
 
 
 class Checkpoints(WithAdapters):
-    """State dicts that hold no base model: giving them to engines, and taking them back."""
+    """State dicts that hold no base model: giving them to engines, and taking them back.
+
+    Attributes:
+        pyadapt_checkpoint_without_base: torch looks for what a state dict names (`trained.MARK`).
+    """
+
+    pyadapt_checkpoint_without_base: ClassVar[None] = None
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """As `torch.nn.Module.state_dict`; while FSDP has sharded the model, what training changes and no more.
@@ -33,6 +40,7 @@ class Checkpoints(WithAdapters):
         trained = Trained(self)
         for name in [name for name in found if name.startswith(prefix) and name[len(prefix) :] not in trained]:
             del found[name]
+        found[prefix + MARK] = mark_of(self)
         return found
 
     def register_forward_pre_hook(self, hook: Any, **options: Any) -> Any:
@@ -48,10 +56,12 @@ class Checkpoints(WithAdapters):
         Raises:
             AdapterFileError: the file of a checkpoint fits another model.
         """
-        marked = state_dict.pop(prefix + MARK, None) is not None
+        mark = state_dict.pop(prefix + MARK, None)
         given = {name[len(prefix) :]: value for name, value in state_dict.items() if name.startswith(prefix)}
-        if marked:
+        if mark is not None and sharding_of(self) is None:
             check_trained_state(self, given)
+        elif mark is not None:
+            check_mark(self, mark)
         trained = Trained(self)
         if is_under_accelerates_fsdp1(self):
             from ..distributed.fsdp1_checkpoint import await_optimizer_state

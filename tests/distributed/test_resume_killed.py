@@ -58,7 +58,7 @@ def test_accelerate_is_bitwise(tmp_path):
     assert_goes_on(alone(loop, folder, 2, 0.2), whole, "accelerate", exact=True)
 
 
-@pytest.mark.parametrize("engine", ["ddp", "zero3", "fsdp2"])
+@pytest.mark.parametrize("engine", ["ddp", "zero3", "fsdp1", "fsdp2"])
 def test_one_of_two_ranks(engine, tmp_path):
     folder = str(tmp_path)
     whole = gang.run(2, resume_cases.run, engine, str(tmp_path / "whole"))[0]

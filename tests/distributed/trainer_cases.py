@@ -40,6 +40,7 @@ def run(
     resume: bool | str = False,
     dropout: float = 0.0,
     killed: str | None = None,
+    config: dict[str, Any] | None = None,
 ) -> Result:
     """Trainer for STEPS steps, of which each SAVED_AT-th is saved; or the rest of them, from a checkpoint.
 
@@ -49,12 +50,14 @@ def run(
         resume: the checkpoint to go on from; True for the first in it.
         dropout: of the adapter.
         killed: where the process ends by SIGKILL: "between steps", behind the third, or "saving" the second checkpoint.
+        config: what the adapter's configuration has otherwise.
     """
     from transformers import Trainer
 
     arguments = training_arguments(engine, folder, max_steps=STEPS, save_steps=SAVED_AT, learning_rate=1e-2)
     seed = 4 if resume else 3
-    model = wrapped(seed, lora_dropout=dropout, **(WITHOUT_BIASES if "fsdp1" in engine else {}))
+    options = {"lora_dropout": dropout, **(WITHOUT_BIASES if "fsdp1" in engine else {}), **(config or {})}
+    model = wrapped(seed, **options)
     trainer = Trainer(model=model, args=arguments, train_dataset=Rows())
     if engine.startswith("fsdp1"):
         # On a CPU torch offloads states by no copy, of a buffer that it uses again.
@@ -69,6 +72,15 @@ def run(
     # The history of a run that was resumed has its first part as well.
     adapter = {key: value.detach().numpy() for key, value in model.get_adapter_state_dict().items()}
     return losses[SAVED_AT if resume else 0 :], adapter
+
+
+def refusal(engine: str, folder: str, config: dict[str, Any]) -> str:
+    """What is said where a model with another configuration is to go on from the first checkpoint."""
+    try:
+        run(engine, folder, True, config=config)
+    except BaseException as error:  # that of torch.distributed.checkpoint is no Exception
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
 
 
 def best(engine: str, folder: str) -> tuple[str, dict[str, Any]]:
