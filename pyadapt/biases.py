@@ -2,7 +2,7 @@
 
 The adapter owns a trained copy of each bias; the model's own biases stay as they are:
 
-    layer.own_bias             the module's own bias, frozen; `bias` in state dicts, as before
+    layer.own_bias             the module's own bias, frozen; `bias` in state dicts, as before (but for FSDP1's)
     layer.bias_of_default      the copy of the adapter "default"
     layer.bias                 whichever of them answers
 
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .distributed.sharding import whole
+from .distributed.sharding import goes_by_attribute, whole
 from .layer import AdaptedLayer, SavedModule, base_modules
 from .surgery import adopt, release
 
@@ -53,6 +53,9 @@ class TrainedBias(nn.Module):
         return getattr(self, self.copy_among(names) or OWN)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        if goes_by_attribute(self._parameters[OWN]):
+            super()._save_to_state_dict(destination, prefix, keep_vars)
+            return
         own: dict[str, Any] = {}
         super()._save_to_state_dict(own, prefix, keep_vars)
         destination.update({f"{prefix}bias" if key == prefix + OWN else key: value for key, value in own.items()})

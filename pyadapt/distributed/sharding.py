@@ -158,6 +158,11 @@ def engine_of(model: nn.Module) -> str | None:
     return None if sharding is None or sharding.shards_plain_models else sharding.name
 
 
+def goes_by_attribute(parameter: Any) -> bool:
+    """Whether an engine (FSDP1) looks for a parameter in state dicts under the name of its attribute alone."""
+    return getattr(parameter, "_fsdp_flattened", False)
+
+
 def whole_shape(tensor: Tensor) -> tuple[int, ...]:
     """The shape of a parameter with all its values; ZeRO-3 leaves an empty one in place and the shape beside it."""
     return tuple(getattr(tensor, "ds_shape", tensor.shape))

@@ -20,7 +20,7 @@ import pyadapt
 # Where a checkpoint is written, and how many steps there are in all.
 SAVED_AT, STEPS = 2, 4
 CONFIG = {**LORA, "task_type": "SEQ_CLS", "bias": "lora_only", "modules_to_save": ["classifier"]}
-# A unit of FSDP1 is frozen or trained as a whole; and over DDP torch's `set_state_dict` looks in a state dict for names
+# A unit of FSDP1 without use_orig_params is frozen or trained as a whole; and over DDP torch's `set_state_dict` looks in a state dict for names
 # of parameters, where a frozen bias beside a trained one has another (see `biases`).
 WITHOUT_BIASES = {"bias": "none"}
 
@@ -62,7 +62,7 @@ def run(engine: str, folder: str, first: int = 0, killed: bool = False) -> Resul
         The losses, and the adapter at the end.
     """
     # With another start, so that only the checkpoint can bring the right weights.
-    model = wrapped(3 + first, **(WITHOUT_BIASES if engine in ("fsdp1", "ddp") else {}))
+    model = wrapped(3 + first, **(WITHOUT_BIASES if engine == "ddp" else {}))
     options = Options(optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-2), zero3=ZERO.get(engine, {}))
     if engine == "zero3_fp16":
         # DeepSpeed allows it on GPUs alone; torch has its products on CPUs as well.

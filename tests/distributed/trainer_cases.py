@@ -56,8 +56,7 @@ def run(
 
     arguments = training_arguments(engine, folder, max_steps=STEPS, save_steps=SAVED_AT, learning_rate=1e-2)
     seed = 4 if resume else 3
-    options = {"lora_dropout": dropout, **(WITHOUT_BIASES if "fsdp1" in engine else {}), **(config or {})}
-    model = wrapped(seed, **options)
+    model = wrapped(seed, lora_dropout=dropout, **(config or {}))
     trainer = Trainer(model=model, args=arguments, train_dataset=Rows())
     if engine.startswith("fsdp1"):
         # On a CPU torch offloads states by no copy, of a buffer that it uses again.
@@ -96,7 +95,7 @@ def best(engine: str, folder: str) -> tuple[str, dict[str, Any]]:
     }
     options = {"max_steps": STEPS, "save_steps": SAVED_AT, "learning_rate": 1e-2, "load_best_model_at_end": True}
     arguments = training_arguments(engine, folder, **options, **judged)
-    model = wrapped(3, **(WITHOUT_BIASES if "fsdp1" in engine else {}))
+    model = wrapped(3)
     trainer = Trainer(model=model, args=arguments, train_dataset=Rows(), eval_dataset=Rows())
     trainer.train()
     adapter = {key: value.detach().numpy() for key, value in model.get_adapter_state_dict().items()}
@@ -154,7 +153,7 @@ def loop(
     else:
         accelerator = Accelerator(cpu=options["use_cpu"], **common)
     set_seed(7, device_specific=False)
-    model = wrapped(3 + first, lora_dropout=dropout, **(WITHOUT_BIASES if "fsdp1" in engine else {}))
+    model = wrapped(3 + first, lora_dropout=dropout, **(WITHOUT_BIASES if "flat" in engine else {}))
     set_seed(7 + accelerator.process_index)
     if "flat" in engine:
         # What an optimizer is made over has to be the model's afterwards.
