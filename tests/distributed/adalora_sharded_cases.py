@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import traceback
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor
 
 import pyadapt
 
-STEPS = 6
+STEPS, SAVED_AT = 6, 3
 # The schedule ends within them: ranks fall from step 2 on, and the last allocation is at step 5.
 SCHEDULE = {"init_r": 4, "target_r": 2, "total_step": 8, "tinit": 1, "tfinal": 3, "deltaT": 1, "beta2": 0.7}
 CONFIG = {**SCHEDULE, "peft_type": "ADALORA", "lora_alpha": 9, "init_lora_weights": False, "orth_reg_weight": 0.3}
@@ -159,21 +160,23 @@ def errors_too_late(engine: str) -> str:
     return "nothing"
 
 
-def by_trainer(engine: str, folder: str) -> tuple[list[float], list[Any], dict[str, Any]]:
+def by_trainer(engine: str, folder: str, resume: bool = False) -> tuple[list[float], list[Any], dict[str, Any]]:
     """transformers' Trainer with `AdaLoraCallback`: losses, ranks kept at the end, and the adapter.
 
     Args:
         engine: as in `trainer_cases.run`; the gang is run without a process group.
-        folder: for what Trainer writes.
+        folder: for what Trainer writes: a checkpoint in the midst of the schedule.
+        resume: go on from that, with an adapter that starts otherwise.
     """
     from trainer_cases import Rows, training_arguments
     from transformers import Trainer
 
-    arguments = training_arguments(engine, folder, max_steps=STEPS, optim="sgd", learning_rate=0.1, save_strategy="no")
-    torch.manual_seed(5)
+    options = {"max_steps": STEPS, "optim": "sgd", "learning_rate": 0.1, "save_steps": SAVED_AT}
+    arguments = training_arguments(engine, folder, **options)
+    torch.manual_seed(6 if resume else 5)
     model = pyadapt.wrap(build("bert"), {"task_type": "SEQ_CLS", **CONFIG})
     trainer = Trainer(model=model, args=arguments, train_dataset=Rows(), callbacks=[pyadapt.AdaLoraCallback()])
-    trainer.train()
+    trainer.train(resume_from_checkpoint=os.path.join(folder, f"checkpoint-{SAVED_AT}") if resume else None)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     kept = [unit.kept.tolist() for unit in model.units_of("default")]
     return losses, kept, {key: value.detach().numpy() for key, value in model.get_adapter_state_dict().items()}
