@@ -20,8 +20,8 @@ import pyadapt
 # Where a checkpoint is written, and how many steps there are in all.
 SAVED_AT, STEPS = 2, 4
 CONFIG = {**LORA, "task_type": "SEQ_CLS", "bias": "lora_only", "modules_to_save": ["classifier"]}
-# A unit of FSDP1 without use_orig_params is frozen or trained as a whole. Over DDP torch's `set_state_dict` looks for names
-# of parameters, where a frozen bias beside a trained one has another in a state dict (see `biases`).
+# A unit of FSDP1 without use_orig_params is frozen or trained as a whole. Over DDP torch's `set_state_dict` looks for
+# names of parameters, where a frozen bias beside a trained one has another in a state dict (see `biases`).
 WITHOUT_BIASES = {"bias": "none"}
 
 # Keys of DeepSpeed's configuration, where it is not that of ZeRO-3 in fp32.
