@@ -53,8 +53,9 @@ def fill_state_dict(model: nn.Module, destination: dict[str, Any], prefix: str, 
         else:
             buffers = {name: buffer for name, buffer in module.named_buffers(recurse=False) if path + name in trained}
             destination.update((start + name, buffer.detach()) for name, buffer in buffers.items())
-        for name, child in module.named_children():
-            visit(child, path if name in WRAPPED else f"{path}{name}.", of_outermost)
+        for name, child in module._modules.items():
+            if child is not None:
+                visit(child, path if name in WRAPPED else f"{path}{name}.", of_outermost)
 
     visit(model, "", True)
     destination[prefix + MARK] = mark_of(model)

@@ -26,14 +26,15 @@ class Checkpoints(WithAdapters):
 
         Every checkpoint of an engine is made of it: Trainer's, accelerate's, and under FSDP2 torch's own.
         """
-        if kwargs.get("destination") is not None and is_under_accelerates_fsdp1(self):
+        given = kwargs.get("destination")
+        if given is not None and is_under_accelerates_fsdp1(self):
             from ..distributed.fsdp1_checkpoint import fill_state_dict
 
-            fill_state_dict(self, **kwargs)
-            return kwargs["destination"]
+            fill_state_dict(self, given, kwargs.get("prefix", ""), kwargs.get("keep_vars", False))
+            return given
         if not saves_without_base(self):
             return super().state_dict(*args, **kwargs)
-        if kwargs.get("destination") is None:
+        if given is None:
             kwargs["destination"] = WithoutBase()
             kwargs["destination"]._metadata = WithoutBase()
         found, prefix = super().state_dict(*args, **kwargs), kwargs.get("prefix", "")
