@@ -14,7 +14,7 @@ def checkpoint_adapters(accelerator: Any) -> None:
     """Let `accelerator.save_state` save of wrapped models what training changes, and `load_state` read it back.
 
     Needed in one process and under DDP, where accelerate asks nobody what to save; without it the checkpoints hold the
-    base model as well, and resume as exactly. Under FSDP2 and DeepSpeed nothing is left for it to do.
+    base model as well, and resume as exactly. Under FSDP and DeepSpeed nothing is left for it to do.
 
     Args:
         accelerator: an `accelerate.Accelerator`; call once, before or after `prepare`.
