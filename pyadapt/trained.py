@@ -62,6 +62,23 @@ class Trained:
         return any(name[:end] in self._within for end in _dots(name))
 
 
+def frozen_names(model: Any, names: Iterable[str], prefix: str = "") -> list[str]:
+    """Those of `names`, in a state dict, that are the model's and that training does not change.
+
+    Args:
+        model: a wrapped model, in the hands of an engine or not.
+        names: with wrappers in them or without.
+        prefix: what is before the model's names.
+    """
+    trained, start = Trained(model), without_wrappers(prefix)
+    own = {name: without_wrappers(name) for name in names}
+    return [
+        name
+        for name, bare in own.items()
+        if bare.startswith(start) and bare.removeprefix(start) not in trained and bare != start + MARK
+    ]
+
+
 def fingerprint(model: Any) -> str:
     """A digest of which layers carry which adapters in which shapes, and of what else is trained beside the base.
 

@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.state_dict import _init_optim_state
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from ..layer import WRAPPED
-from ..trained import MARK, Trained, mark_of, without_wrappers
+from ..trained import MARK, Trained, frozen_names, mark_of
 from .fsdp1 import outermost_unit
 
 # The models whose outermost unit leaves out what is frozen.
@@ -61,7 +61,7 @@ def fill_state_dict(model: nn.Module, destination: dict[str, Any], prefix: str, 
     destination[prefix + MARK] = mark_of(model)
     if model not in _left_out:
         _left_out.add(model)
-        hook = functools.partial(_leave_out_frozen, model, without_wrappers(prefix))
+        hook = functools.partial(_leave_out_frozen, model, prefix)
         outermost_unit(model)._register_state_dict_hook(hook)
         logging.getLogger("torch.distributed.fsdp._state_dict_utils").addFilter(_is_news)
 
@@ -120,10 +120,7 @@ def _is_news(record: logging.LogRecord) -> bool:
     return not str(record.msg).startswith("Did not find param with FQN")
 
 
-def _leave_out_frozen(model: nn.Module, start: str, root: nn.Module, state_dict: dict[str, Any], *rest: Any) -> None:
-    """Hook of the outermost unit, behind its own: `start` is before the names of `model`."""
-    trained = Trained(model)
-    for name in list(state_dict):
-        own = without_wrappers(name)
-        if own.startswith(start) and own.removeprefix(start) not in trained and own != start + MARK:
-            del state_dict[name]
+def _leave_out_frozen(model: nn.Module, prefix: str, root: nn.Module, state_dict: dict[str, Any], *rest: Any) -> None:
+    """Hook of the outermost unit, behind its own: `prefix` is before the names of `model`."""
+    for name in frozen_names(model, state_dict, prefix):
+        del state_dict[name]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..files import AdapterFileError, write_atomically
 from ..surgery import adopt
-from ..trained import Trained, check_trained_state
+from ..trained import Trained, check_trained_state, frozen_names
 from . import agreement
 from .sharding import sharding_of
 
@@ -120,10 +120,8 @@ class AdapterEngine(nn.Module):
     ) -> Any:
         """The model's state dict; DeepSpeed excludes parameters by names that a frozen bias does not have in it."""
         found = super().module_state_dict(destination, prefix, keep_vars, False)  # type: ignore[misc]
-        if exclude_frozen_parameters:
-            trained = Trained(self.module)
-            for name in [name for name in found if name.removeprefix(prefix) not in trained]:
-                del found[name]
+        for name in frozen_names(self.module, found, prefix) if exclude_frozen_parameters else ():
+            del found[name]
         return found
 
     def zero_gather_16bit_weights_on_model_save(self: Any) -> bool:

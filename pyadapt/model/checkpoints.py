@@ -8,7 +8,7 @@ from torch import nn
 
 from ..distributed.checkpoints import WithoutBase, is_under_accelerates_fsdp1, meet_engine, saves_without_base
 from ..distributed.sharding import sharding_of
-from ..trained import MARK, Trained, check_mark, check_trained_state, mark_of, without_wrappers
+from ..trained import MARK, Trained, check_mark, check_trained_state, frozen_names, mark_of
 from .state import WithAdapters
 
 
@@ -38,8 +38,7 @@ class Checkpoints(WithAdapters):
             kwargs["destination"] = WithoutBase()
             kwargs["destination"]._metadata = WithoutBase()
         found, prefix = super().state_dict(*args, **kwargs), kwargs.get("prefix", "")
-        trained = Trained(self)
-        for name in [name for name in found if name.startswith(prefix) and name[len(prefix) :] not in trained]:
+        for name in frozen_names(self, found, prefix):
             del found[name]
         found[prefix + MARK] = mark_of(self)
         return found
@@ -87,13 +86,7 @@ def need_base_in_state_dicts(model: nn.Module) -> None:
 def _base_is_there(model: Any, incompatible_keys: Any) -> None:
     """Hook behind loading: a base that is absent as a whole was not meant to be there."""
     prefix, model.adapter_state.loads_without_base = model.adapter_state.loads_without_base, None
-    if prefix is None:
-        return
-    trained, start = Trained(model), without_wrappers(prefix)
-
-    def is_frozen(name: str) -> bool:
-        own = without_wrappers(name)
-        return own.startswith(start) and own.removeprefix(start) not in trained
-
-    missing = incompatible_keys.missing_keys
-    missing[:] = [name for name in missing if not is_frozen(name)]
+    if prefix is not None:
+        missing = incompatible_keys.missing_keys
+        frozen = set(frozen_names(model, missing, prefix))
+        missing[:] = [name for name in missing if name not in frozen]
